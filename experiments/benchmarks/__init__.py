@@ -1,0 +1,1 @@
+"""Measured speed: one harness, one file per table of cases."""

@@ -1,0 +1,154 @@
+"""What every experiment shares: flags, the work directory and its record.
+
+A flag has one meaning in all scripts. One that two scripts use is defined here.
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from absl import app, flags, logging
+
+MODEL = flags.DEFINE_string(
+    "model", "demo", "A built-in model (demo, demo-small), a directory, or a hub id."
+)
+REVISION = flags.DEFINE_string("revision", None, "Branch, tag, commit or refs/pr/N.")
+TENSOR = flags.DEFINE_string(
+    "tensor", None, "Name of the embedding tensor, where the family is unknown."
+)
+SHARED_WITH = flags.DEFINE_list(
+    "shared_with", [], "Keep only tokens that these tokenizers have too (ids or paths)."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where results go; runs/<experiment> when not given."
+)
+
+
+class Run(NamedTuple):
+    """A started experiment: where it writes, and when it began."""
+
+    workdir: pathlib.Path
+    started: float
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes `content` so that the file is either the old one or complete."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def begin(experiment: str, inputs: dict[str, Any] | None = None) -> Run:
+    """Makes the work directory and writes `config.json`: all flags, versions, inputs.
+
+    `inputs` names what was read (hashes of tensors, paths of data). A directory that
+    holds the record of a run with other flags or inputs is refused.
+
+    Raises:
+      ValueError: the directory was made with other flags or inputs.
+      OSError: the directory cannot be written.
+    """
+    workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / experiment)
+    workdir.mkdir(parents=True, exist_ok=True)
+    names = {
+        flag.name
+        for module, defined in flags.FLAGS.flags_by_module_dict().items()
+        if not module.startswith("absl.")
+        for flag in defined
+    }
+    values = {name: flags.FLAGS[name].value for name in sorted(names - {"workdir"})}
+    config = {
+        "experiment": experiment,
+        "flags": values,
+        "inputs": inputs or {},
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: importlib.metadata.version(name)
+                for name in ("jax", "jaxlib", "flax", "numpy", "transformers")
+            },
+        },
+    }
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            before = json.loads(path.read_text("utf-8"))
+        except ValueError:
+            before = {}
+        for part in ("experiment", "flags", "inputs"):
+            new = json.loads(json.dumps(config[part]))
+            if before.get(part) != new and before:
+                raise ValueError(
+                    f"{workdir} holds a run with other {part}:"
+                    f" {_difference(before.get(part), new)}. Choose another"
+                    " --workdir, or remove that one."
+                )
+    write_json(path, config)
+    return Run(workdir, time.time())
+
+
+def _difference(before: Any, after: Any) -> str:
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = sorted(
+            name
+            for name in before.keys() | after.keys()
+            if before.get(name) != after.get(name)
+        )
+        return ", ".join(
+            f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
+            for name in names
+        )
+    return f"was {before!r} and is now {after!r}"
+
+
+def finish(run: Run, summary: dict[str, Any]) -> None:
+    """Writes `summary.json` (what was found) and `run.json` (time, device, memory)."""
+    import jax
+
+    write_json(run.workdir / "summary.json", summary)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    write_json(
+        run.workdir / "run.json",
+        {
+            "seconds": round(time.time() - run.started, 3),
+            "peak_memory_mib": round(usage.ru_maxrss / 1024),
+            "devices": [str(device) for device in jax.devices()],
+            "machine": platform.machine(),
+            "processors": os.cpu_count(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        },
+    )
+    logging.info("Record in %s", run.workdir)
+
+
+def launch(main: Callable[[list[str]], None]) -> None:
+    """Runs `main` under absl; bad input ends in one paragraph, not in a traceback.
+
+    ValueError, OSError and ImportError (a missing extra) are the user's to mend:
+    exit status 1. Anything else is a defect and keeps its traceback.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"Arguments without a flag name: {argv[1:]}")
+        try:
+            main(argv)
+        except (ValueError, OSError, ImportError) as error:
+            if logging.get_verbosity() >= logging.DEBUG:
+                raise
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(1)
+
+    app.run(guarded)

@@ -1,0 +1,37 @@
+"""The arithmetic every kernel shares: products and norms with a stated precision."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def matmul_f32(a: Float[Array, "... n d"], b: Float[Array, "... d m"]) -> Array:
+    """`a @ b`, accumulated and returned in float32 whatever the input dtype.
+
+    Float32 inputs are multiplied in float32, never in TF32 or bfloat16.
+    """
+    return jnp.matmul(
+        a, b, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST
+    )
+
+
+def row_norms(x: Float[Array, "n d"]) -> Float[Array, " n"]:
+    """Euclidean length of each row, in float32; safe from overflow and underflow.
+
+    Rows are scaled by their largest entry first, so that norms up to the float32
+    range come out right.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=1, initial=0.0)
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+    return scale * jnp.sqrt(jnp.sum(jnp.square(x / scale[:, None]), axis=1))
+
+
+def unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Rows scaled to length one, in float32. A zero row stays zero."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=1, initial=0.0)
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+    x = x / scale[:, None]
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=1))
+    return x / jnp.where(norm > 0, norm, 1.0)[:, None]

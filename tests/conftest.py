@@ -1,0 +1,21 @@
+"""Settings of every test: eight virtual devices, shape annotations checked."""
+
+import os
+
+flags = os.environ.get("XLA_FLAGS", "")
+if "device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jaxtyping.install_import_hook("jaxling.kernels", "beartype.beartype")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator of the same numbers in every run."""
+    return np.random.default_rng(0)

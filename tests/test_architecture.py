@@ -1,0 +1,120 @@
+"""The layers' arrows, the names section and the shape of the scripts."""
+
+import ast
+import importlib
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from jaxling.experiments import __main__ as listing
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+KERNELS_MAY = {"jax", "jaxlib", "numpy", "jaxtyping", "ml_dtypes"}
+JAXLING_NEVER = {"absl", "experiments", "kernels"}
+TORCH_ROOM = ROOT / "jaxling" / "checkpoints.py"
+
+
+def sources(folder: str) -> list[pathlib.Path]:
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", f"{folder}/*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    return [ROOT / file for file in files if (ROOT / file).exists()]
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """Absolute top-level packages, and jaxling's own modules by dotted name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+    return names
+
+
+def tops(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def test_kernels_import_arrays_only():
+    files = sources("kernels")
+    assert files
+    for path in files:
+        foreign = tops(imported(path)) - KERNELS_MAY - set(sys.stdlib_module_names)
+        assert not foreign, f"{path} imports {foreign}"
+
+
+def test_jaxling_imports_no_experiment_no_absl_no_torch():
+    files = sources("jaxling")
+    assert files
+    for path in files:
+        names = imported(path)
+        bad = tops(names) & JAXLING_NEVER
+        bad |= {name for name in names if name.startswith("jaxling.experiments")}
+        if path != TORCH_ROOM:
+            bad |= tops(names) & {"torch"}
+        assert not bad, f"{path} imports {bad}"
+
+
+def test_experiments_hold_no_mathematics():
+    for path in sources("experiments"):
+        if "benchmarks" not in path.parts:
+            names = imported(path)
+            bad = {n for n in names if n.startswith(("jax.numpy", "jax.lax", "torch"))}
+            assert not bad, f"{path} imports {bad}"
+
+
+def test_siblings_are_imported_relatively():
+    for folder in ("kernels", "experiments"):
+        for path in sources(folder):
+            own = f"jaxling.{folder}"
+            assert not {n for n in imported(path) if n.startswith(own)}, path
+
+
+@pytest.mark.parametrize("path", listing.scripts(), ids=lambda path: path.stem)
+def test_every_experiment_states_its_question_and_number(path):
+    found = listing.describe(path)
+    assert found["command"].startswith(f"python -m experiments.{path.stem}")
+
+
+@pytest.mark.parametrize("path", listing.scripts(), ids=lambda path: path.stem)
+def test_scripts_live_together_in_one_process(path):
+    module = importlib.import_module(f"jaxling.experiments.{path.stem}")
+    assert callable(module.main)
+
+
+FAKE = {
+    "kernels/__init__.py": "__version__ = '0.18.2'\nclass CUDAProperties: pass\n",
+    "kernels-0.18.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: kernels\n"
+    "Version: 0.18.2\n",
+    "kernels-0.18.2.dist-info/RECORD": "kernels/__init__.py,,\n",
+}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_name_kernels_is_left_to_its_owner(tmp_path, installed):
+    if installed:
+        for name, content in FAKE.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(content)
+    expected = "0.18.2" if installed else "0"
+    program = textwrap.dedent(
+        f"""
+        import sys
+        sys.path[:0] = [{str(ROOT)!r}]
+        sys.path.append({str(tmp_path)!r})
+        import kernels
+        assert kernels.__version__ == {expected!r}, kernels
+        assert hasattr(kernels, "CUDAProperties") == {installed}
+        import jaxling.kernels.numerics
+        """
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=dict(os.environ))
