@@ -24,3 +24,18 @@ if __name__ == "kernels":
         __version__ = "0"
 else:
     from . import numerics as numerics
+    from .alignment import procrustes as procrustes
+    from .alignment import rcsls as rcsls
+    from .alignment import rcsls_loss as rcsls_loss
+    from .alignment import ridge_map as ridge_map
+    from .subspaces import cka_grid as cka_grid
+    from .subspaces import debiased_linear_cka as debiased_linear_cka
+    from .subspaces import econd_hm as econd_hm
+    from .subspaces import eigenvector_similarity as eigenvector_similarity
+    from .subspaces import h0_bottleneck as h0_bottleneck
+    from .subspaces import linear_cka as linear_cka
+    from .subspaces import principal_angles as principal_angles
+    from .subspaces import relational_similarity as relational_similarity
+    from .subspaces import singular_value_gap as singular_value_gap
+    from .subspaces import spanning_tree as spanning_tree
+    from .subspaces import spectrum as spectrum

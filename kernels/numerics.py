@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 
@@ -35,3 +36,9 @@ def unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
     x = x / scale[:, None]
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=1))
     return x / jnp.where(norm > 0, norm, 1.0)[:, None]
+
+
+def widened(x: ArrayLike) -> Array:
+    """`x` as an array of at least float32; float64 stays where it is enabled."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
