@@ -15,7 +15,7 @@ from jaxling.experiments import __main__ as listing
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KERNELS_MAY = {"jax", "jaxlib", "numpy", "jaxtyping", "ml_dtypes"}
 JAXLING_NEVER = {"absl", "experiments", "kernels"}
-TORCH_ROOM = ROOT / "jaxling" / "checkpoints.py"
+TORCH_ROOM = ROOT / "jaxling" / "checkpoints" / "torch_files.py"
 
 
 def sources(folder: str) -> list[pathlib.Path]:
