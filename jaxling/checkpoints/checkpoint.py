@@ -10,12 +10,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from jaxling.checkpoints import embeddings, safetensors_files, sources, tensors
+from jaxling.checkpoints import (
+    embeddings,
+    msgpack_files,
+    safetensors_files,
+    sources,
+    tensors,
+    torch_files,
+)
 from jaxling.checkpoints.tensors import CheckpointError, Stored, short
 
 # In the order of preference: no container above needs the one below it.
 CONTAINERS = {
     "model.safetensors": safetensors_files.tensors,
+    "flax_model.msgpack": msgpack_files.tensors,
+    "pytorch_model.bin": torch_files.tensors,
 }
 
 
@@ -240,8 +249,10 @@ def open_checkpoint(
     def fetched(file: str) -> pathlib.Path:
         target = tensors.inside(path, file)
         if not local and not target.exists():
-            # The snapshot's name is its commit: all files are of one revision.
-            sources.locate(path_or_id, path.name, [file])
+            try:  # The snapshot's name is its commit: all files are of one revision.
+                sources.locate(path_or_id, path.name, [file])
+            except CheckpointError as error:
+                raise CheckpointError(f"{file} is not at hand: {error}") from error
         return target
 
     for container, reader in CONTAINERS.items():
@@ -287,8 +298,17 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     files = tensors.read_object(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{index} has no weight_map.")
-    for name, file in files.items():
+    found = {}
+    for listed, file in files.items():
         if not isinstance(file, str):
-            raise CheckpointError(f"{index}: tensor {short(name)} is in {short(file)}.")
+            raise CheckpointError(
+                f"{index}: tensor {short(listed)} is in {short(file)}."
+            )
         tensors.inside(index.parent, file)
-    return files
+        # Flax's indices list paths, torch's names; a name in torch has no slash.
+        parts = listed.split("/")
+        name = msgpack_files.torch_name(parts) if len(parts) > 1 else listed
+        if name in found:
+            raise CheckpointError(f"{index}: tensor {short(name)} stands there twice.")
+        found[name] = file
+    return found
