@@ -131,7 +131,8 @@ def project_layers(
         if groups.ndim != 2 or groups.shape[1] != vocab:
             raise ValueError(f"`groups` must be [g, {vocab}]; got {groups.shape}.")
     block = block or max(1, 2**21 // (tile * max(layers, 1)))
-    transform = transform if isinstance(transform, Partial) else Partial(_same)
+    if not isinstance(transform, Partial):
+        transform = Partial(transform or _same)
     return _project(
         *(hidden, unembed, transform, bias, targets, groups),
         softcap=softcap,
