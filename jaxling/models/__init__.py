@@ -1,0 +1,95 @@
+"""Models of Hugging Face checkpoints in Flax NNX, with their hidden states in hand.
+
+model = load("path or id", dtype="float32")
+logits, cache = model.run_with_cache(tokens, attention_mask)
+cache["resid_post"]  # [layer, batch, position, d]
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jaxling.checkpoints import CheckpointError, open_checkpoint
+
+from . import conversion, llama
+from .cache import Cache as Cache
+from .model import Model as Model
+
+# By the `model_type` of config.json.
+FAMILIES: dict[str, conversion.Family] = {
+    "llama": llama.FAMILY,
+}
+
+
+def family_of(config: Mapping[str, Any], where: str) -> conversion.Family:
+    """The family that a config names.
+
+    Raises:
+      CheckpointError: none of those that are here.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise CheckpointError(
+            f"{where}: model_type {kind!r:.80} is none of those that are handled,"
+            f" {', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[kind]
+
+
+def load(
+    path_or_id: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+) -> Model:
+    """A model of the family that the checkpoint's config names, with its weights.
+
+    Args:
+      path_or_id: a built-in name, a directory, or a hub id; with `revision` of the hub.
+      dtype: of the parameters; tensors are cast while they are read. That of the files
+        where not given.
+      mesh: spreads every parameter over these devices, each of which receives its own
+        part only. Calls then run on all of them.
+
+    Raises:
+      CheckpointError: an unknown family; unhandled attributes of the config; tensors
+        that are unknown, missing or of a wrong shape. The message lists the names.
+    """
+    checkpoint = open_checkpoint(path_or_id, revision)
+    family = family_of(checkpoint.config, str(checkpoint.path))
+    return conversion.load(checkpoint, family, dtype=dtype, mesh=mesh)
+
+
+def build(
+    config: Mapping[str, Any], key: jax.Array, *, dtype: DTypeLike = jnp.float32
+) -> Model:
+    """A new model with random weights, from a config in the words of `config.json`.
+
+    Attributes that are absent have the values that transformers gives them.
+
+    Raises:
+      CheckpointError: an unknown family, or an attribute that is not handled.
+    """
+    config = dict(config)
+    family = family_of(config, "config")
+    spec = family.spec(conversion.read_config(config, family, "config"))
+    model = family.model(spec, json.dumps(config), rngs=nnx.Rngs(params=key))
+    graph, parameters = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(lambda a: a.astype(dtype), parameters))
+
+
+def save(model: Model, directory: str | os.PathLike) -> None:
+    """Writes a Hugging Face directory, safetensors and config, that transformers loads.
+
+    The tokenizer, which a model does not have, is the caller's to copy.
+    """
+    family = family_of(model.config, "model")
+    conversion.save(model, family, directory)

@@ -1,0 +1,146 @@
+"""A causal language model: embeddings, one stack, unembedding."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from . import layers, model, positions
+from .cache import Taps, untapped
+
+
+class Language(NamedTuple):
+    """A stack with its vocabulary at both ends."""
+
+    stack: layers.Spec
+    vocabulary: int
+    length: int | None  # positions the model is configured for; None: no limit
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    positions: str | None = None  # "learned" or "sinusoidal"; None: in the attention
+    position_offset: int = 0  # rows of the position table before position 0
+    tied: bool = False  # the unembedding is the embedding
+    unembed_bias: bool = False
+    logit_softcap: float | None = None
+
+
+class Decoder(model.Model):
+    """A decoder-only language model.
+
+    `embed`, `final_norm` and `unembed` are its ends as separate functions;
+    `unembed_matrix` is `[vocab, d]`. `model(tokens, attention_mask, segment_ids=...)`
+    keeps packed documents apart: a token sees its own segment only, and positions
+    start anew in each.
+    """
+
+    def __init__(self, spec: Language, config_json: str, *, rngs: nnx.Rngs):
+        self.spec, self.config_json = spec, config_json
+        width, std = spec.stack.width, spec.stack.init_std
+        table = lambda rows: layers.normal(rngs, (rows, width), std)  # noqa: E731
+        learned, rows = spec.positions == "learned", spec.vocabulary
+        self.embedding = table(rows)
+        self.position_embedding = (
+            table(spec.length + spec.position_offset) if learned else None
+        )
+        self.embedding_norm = layers.Norm(spec.stack) if spec.embedding_norm else None
+        self.decoder = layers.Stack(spec.stack, rngs)
+        self.unembedding = None if spec.tied else table(rows)
+        self.bias = nnx.Param(jnp.zeros(rows)) if spec.unembed_bias else None
+
+    def embed(
+        self, tokens: Array, positions_of_tokens: Array | None = None, tap=untapped
+    ) -> Array:
+        """What enters the first block, `[batch, position, d]`."""
+        spec, where = self.spec, positions_of_tokens
+        x = self.embedding[...][tokens]
+        # The scale in the dtype of the table: transformers rounds it the same way.
+        x = tap("hook_embed", x * jnp.asarray(spec.embedding_scale, x.dtype))
+        if spec.positions:
+            where = jnp.arange(tokens.shape[1])[None] if where is None else where
+            where = where + spec.position_offset
+            if spec.positions == "learned":
+                added = self.position_embedding[...][where]
+            else:
+                added = positions.sinusoids(where, spec.stack.width).astype(x.dtype)
+            x = x + tap("hook_pos_embed", jnp.broadcast_to(added, x.shape))
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def final_norm(self, hidden: Array) -> Array:
+        """From the residual stream to what the unembedding is multiplied with."""
+        norm = self.decoder.final_norm
+        return hidden if norm is None else norm(hidden)
+
+    def unembed(self, x: Array) -> Array:
+        """Logits of `x` (after `final_norm`), float32 `[..., vocab]`."""
+        logits = layers.product(
+            "...d,vd->...v",
+            x,
+            self.unembed_matrix.astype(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        if self.bias is not None:
+            logits = logits + self.bias[...].astype(jnp.float32)
+        return layers.softcap(logits, self.logit_softcap)
+
+    @property
+    def unembed_matrix(self) -> Array:
+        """`[vocab, d]`."""
+        tied = self.unembedding is None
+        return (self.embedding if tied else self.unembedding)[...]
+
+    @property
+    def unembed_bias(self) -> Array | None:
+        """`[vocab]`, or None."""
+        return None if self.bias is None else self.bias[...]
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """The cap of `cap * tanh(logits / cap)`, or None."""
+        return self.spec.logit_softcap
+
+    def check(
+        self, tokens: Array, attention_mask: Array, segment_ids: Array | None = None
+    ) -> None:
+        model.check_length(tokens.shape[1], self.spec.length, "tokens")
+        model.check_ids(tokens, self.spec.vocabulary, "tokens")
+        if segment_ids is not None and segment_ids.shape != tokens.shape:
+            raise ValueError(
+                f"`segment_ids` must have the shape of the tokens, {tokens.shape};"
+                f" got {segment_ids.shape}."
+            )
+
+    def forward(
+        self,
+        tokens: Array,
+        attention_mask: Array,
+        *,
+        taps: Taps,
+        segment_ids: Array | None = None,
+    ) -> Array:
+        where = layers.positions_of(attention_mask, segment_ids)
+        x = self.embed(tokens, where, taps)
+        sight = self.decoder.sight(attention_mask, where, where, segments=segment_ids)
+        x, _ = self.decoder(x, sight, where, taps)
+        x = taps("ln_final.hook_normalized", self.final_norm(x))
+        return self.unembed(x)
+
+    def step(
+        self,
+        tokens: Array,
+        past: tuple[Array, Array],
+        mask: Array,
+        where: Array,
+        start: Any,
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """Logits of the last of `tokens`, which go to slots `start`... of the cache.
+
+        `past` are keys and values `[layer, batch, slot, head, size]`; `mask` and
+        `where` are the real slots and their positions, `[batch, slot]`.
+        """
+        taps, own = Taps(), jnp.arange(tokens.shape[1]) + start
+        mine = jnp.take(where, own, axis=1)
+        x = self.embed(tokens, mine)
+        sight = self.decoder.sight(mask, mine, where, start=start)
+        x, past = self.decoder(x, sight, mine, taps, past=past, start=start)
+        return self.unembed(self.final_norm(x[:, -1])), past

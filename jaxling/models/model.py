@@ -1,0 +1,173 @@
+"""What every model can do: run, run and keep, run and change; under one jit."""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from .cache import DEFAULT_NAMES, Cache, NamesFilter, Taps
+
+
+class Model(nnx.Module):
+    """A model of any family; the families' classes say what `forward` takes.
+
+    Arguments common to all calls: `tokens` are ids `[batch, position]`,
+    `attention_mask` (same shape; all ones where not given) is zero at padding, which
+    may stand on either side. `dtype` is the dtype to compute in; that of the parameters
+    where not given, so that float32 parameters can be trained with bfloat16 products.
+    Calls are compiled once for each shape, and can be traced by jit, grad and vmap.
+    """
+
+    config_json: str  # the checkpoint's config.json; a string, so that it is hashable
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's `config.json`."""
+        return json.loads(self.config_json)
+
+    def forward(
+        self, tokens: Array, attention_mask: Array, *, taps: Taps, **inputs: Any
+    ) -> Array:
+        """The computation, traced: logits, with every named point passed to `taps`."""
+        raise NotImplementedError
+
+    def check(self, tokens: Array, attention_mask: Array, **inputs: Any) -> None:
+        """Raises ValueError for inputs that the model cannot take."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        tokens: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        **inputs: Any,
+    ) -> Array:
+        """Logits, float32 `[batch, position, vocab]`."""
+        return self._run(tokens, attention_mask, (), {}, dtype, inputs)[0]
+
+    def run_with_cache(
+        self,
+        tokens: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        *,
+        names_filter: NamesFilter | Sequence[str] | None = None,
+        hooks: Mapping[str, Callable[[Array], Array]] | None = None,
+        dtype: DTypeLike | None = None,
+        **inputs: Any,
+    ) -> tuple[Array, Cache]:
+        """Logits and the activations whose names `names_filter` chooses.
+
+        Args:
+          names_filter: names, patterns with `*`, or a predicate of a full name (the
+            names are those of `jaxling.models.cache`). Only what is chosen is kept.
+            None keeps the embeddings and the outputs of all blocks (`resid_post`),
+            but no attention pattern: those grow with the square of the length.
+          hooks: as in `run_with_hooks`.
+
+        Raises:
+          ValueError: a name that matches nothing.
+        """
+        if names_filter is None:
+            names_filter = DEFAULT_NAMES
+        elif not isinstance(names_filter, str) and not callable(names_filter):
+            names_filter = tuple(names_filter)
+        return self._run(
+            tokens, attention_mask, names_filter, hooks or {}, dtype, inputs
+        )
+
+    def run_with_hooks(
+        self,
+        tokens: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        *,
+        hooks: Mapping[str, Callable[[Array], Array]],
+        dtype: DTypeLike | None = None,
+        **inputs: Any,
+    ) -> Array:
+        """Logits, with functions applied to activations on the way.
+
+        `hooks` maps a name (or a stack's name, or a pattern: every layer it matches)
+        to a function of the activation that returns its replacement, same shape; they
+        are applied in the order given. A function that is a `jax.tree_util.Partial`
+        passes its arrays as arguments: a new steering vector then compiles nothing.
+
+        Raises:
+          ValueError: a name that matches nothing, or a changed shape.
+        """
+        return self._run(tokens, attention_mask, (), hooks, dtype, inputs)[0]
+
+    def _run(self, tokens, attention_mask, names, hooks, dtype, inputs):
+        tokens = as_tokens(tokens, "tokens")
+        mask = as_mask(attention_mask, tokens, "attention_mask")
+        inputs = {k: jnp.asarray(v) for k, v in inputs.items() if v is not None}
+        self.check(tokens, mask, **inputs)
+        hooks = {
+            name: hook
+            if isinstance(hook, jax.tree_util.Partial)
+            else jax.tree_util.Partial(hook)
+            for name, hook in hooks.items()
+        }
+        dtype = None if dtype is None else jnp.dtype(dtype)
+        graph, parameters = nnx.split(self)
+        return _forward(
+            graph, parameters, tokens, mask, hooks, inputs, names=names, dtype=dtype
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("names", "dtype"))
+def _forward(graph, parameters, tokens, mask, hooks, inputs, *, names, dtype):
+    if dtype is not None:
+        parameters = jax.tree.map(lambda a: a.astype(dtype), parameters)
+    model = nnx.merge(graph, parameters)
+    taps = Taps(names, hooks)
+    logits = model.forward(tokens, mask, taps=taps, **inputs)
+    return logits, taps.finish()
+
+
+def as_tokens(tokens: ArrayLike, name: str) -> Array:
+    """Ids as int32 `[batch, position]`; one sequence of ids is refused, not guessed."""
+    shape = np.shape(tokens)
+    if len(shape) != 2:
+        raise ValueError(f"`{name}` must be [batch, position]; got shape {shape}.")
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"`{name}` must be integers; got {tokens.dtype}.")
+    return tokens.astype(jnp.int32)
+
+
+def as_mask(mask: ArrayLike | None, tokens: Array, name: str) -> Array:
+    """True at real tokens, `[batch, position]`; all True where no mask is given."""
+    if mask is None:
+        return jnp.ones(tokens.shape, bool)
+    if np.shape(mask) != tokens.shape:
+        raise ValueError(
+            f"`{name}` must have the shape of the tokens, {tokens.shape};"
+            f" got {np.shape(mask)}."
+        )
+    return jnp.asarray(mask) != 0
+
+
+def check_ids(tokens: Array, vocabulary: int, name: str) -> None:
+    """Ids out of range would be clamped silently; checked where they are concrete."""
+    if isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"`{name}` must be in [0, {vocabulary}); got {low if low < 0 else high}."
+        )
+
+
+def check_length(length: int, limit: int | None, name: str) -> None:
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"`{name}` has {length} positions; this model is configured for {limit}."
+        )
