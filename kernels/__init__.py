@@ -28,6 +28,8 @@ else:
     from .alignment import rcsls as rcsls
     from .alignment import rcsls_loss as rcsls_loss
     from .alignment import ridge_map as ridge_map
+    from .cross_entropy import CrossEntropy as CrossEntropy
+    from .cross_entropy import cross_entropy as cross_entropy
     from .projection import Projection as Projection
     from .projection import project_layers as project_layers
     from .subspaces import cka_grid as cka_grid
