@@ -21,6 +21,7 @@ SMALL = dict(
     num_hidden_layers=3,
     num_attention_heads=6,
     max_position_embeddings=64,
+    eos_token_id=None,  # or transformers stops there
 )
 LLAMA_3 = dict(
     rope_type="llama3",
@@ -127,3 +128,18 @@ def test_gradients_reach_every_parameter(checkpoint):
         # Softmax is invariant to the part of a key's bias that is common to all keys,
         # but rotations make that part differ: no gradient is zero.
         assert np.abs(gradient[...]).max() > 0, path
+
+
+def test_greedy_generation_agrees_with_transformers(checkpoint):
+    path, oracle = checkpoint
+    tokens, mask = sequences()
+    mask[1] = 1  # transformers continues right padding as if it were text
+    found = models.generate(models.load(path), tokens, mask, max_new_tokens=12)
+    expected = oracle.generate(
+        torch.tensor(tokens),
+        attention_mask=torch.tensor(mask),
+        generation_config=transformers.GenerationConfig(
+            max_new_tokens=12, do_sample=False, pad_token_id=0
+        ),
+    )
+    np.testing.assert_array_equal(found, expected.numpy())

@@ -20,6 +20,7 @@ from jaxling.checkpoints import CheckpointError, open_checkpoint
 
 from . import conversion, llama
 from .cache import Cache as Cache
+from .generation import generate as generate
 from .model import Model as Model
 
 # By the `model_type` of config.json.

@@ -1,10 +1,11 @@
 """A causal language model: embeddings, one stack, unembedding."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
+from jax.typing import ArrayLike
 
 from . import layers, model, positions
 from .cache import Taps, untapped
@@ -125,22 +126,52 @@ class Decoder(model.Model):
         x = taps("ln_final.hook_normalized", self.final_norm(x))
         return self.unembed(x)
 
-    def step(
-        self,
-        tokens: Array,
-        past: tuple[Array, Array],
-        mask: Array,
-        where: Array,
-        start: Any,
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """Logits of the last of `tokens`, which go to slots `start`... of the cache.
+    def prompt(self, tokens: Array, decoder_tokens: ArrayLike | None) -> Array:
+        """What `generate` continues."""
+        if decoder_tokens is not None:
+            raise ValueError("`decoder_tokens` are for encoder-decoders only.")
+        return tokens
 
-        `past` are keys and values `[layer, batch, slot, head, size]`; `mask` and
-        `where` are the real slots and their positions, `[batch, slot]`.
-        """
-        taps, own = Taps(), jnp.arange(tokens.shape[1]) + start
-        mine = jnp.take(where, own, axis=1)
+    def check_generation(
+        self, tokens: Array, attention_mask: Array, prompt: Array, new: int
+    ) -> None:
+        """Raises ValueError where `generate` would leave the configured positions."""
+        self.check(tokens, attention_mask)
+        model.check_length(prompt.shape[1] + new, self.spec.length, "prompt and output")
+
+    def prefill(
+        self, tokens: Array, attention_mask: Array, prompt: Array, new: int
+    ) -> tuple[Array, "Progress"]:
+        """Logits `[batch, vocab]` after the prompt, with room for `new` more tokens."""
+        spec, (batch, length) = self.spec.stack, tokens.shape
+        mask = jnp.pad(attention_mask, [(0, 0), (0, new)], constant_values=True)
+        shape = (spec.layers, batch, length + new, spec.kv_heads, spec.head_size)
+        empty = jnp.zeros(shape, self.embedding[...].dtype)
+        state = Progress((empty, empty), mask, layers.positions_of(mask), jnp.int32(0))
+        last = jnp.max(jnp.arange(length) * attention_mask, axis=1)
+        return self._continue(tokens, state, last)
+
+    def advance(self, tokens: Array, state: "Progress") -> tuple[Array, "Progress"]:
+        """Logits after one more token of each sequence, `[batch, 1]`."""
+        return self._continue(tokens, state, jnp.zeros(len(tokens), jnp.int32))
+
+    def _continue(
+        self, tokens: Array, state: "Progress", last: Array
+    ) -> tuple[Array, "Progress"]:
+        past, mask, where, start = state
+        mine = lax.dynamic_slice_in_dim(where, start, tokens.shape[1], axis=1)
         x = self.embed(tokens, mine)
         sight = self.decoder.sight(mask, mine, where, start=start)
-        x, past = self.decoder(x, sight, mine, taps, past=past, start=start)
-        return self.unembed(self.final_norm(x[:, -1])), past
+        x, past = self.decoder(x, sight, mine, Taps(), past=past, start=start)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        start = start + tokens.shape[1]
+        return self.unembed(self.final_norm(x)), Progress(past, mask, where, start)
+
+
+class Progress(NamedTuple):
+    """A generation under way: slots `0...start` of the keys and values are filled."""
+
+    past: tuple[Array, Array]  # [layer, batch, slot, head, size]
+    mask: Array  # slots that are no padding, [batch, slot]
+    where: Array  # their positions
+    start: Array
