@@ -27,7 +27,7 @@ from jaxling.checkpoints.tensors import (
 )
 
 DEEPEST = 64
-ARRAY, SCALAR = 1, 3  # flax's extension codes whose payload is an array
+ARRAY, COMPLEX, SCALAR = 1, 2, 3  # flax's extension codes
 CHUNKED = "__msgpack_chunked_array__"
 
 # Leaves of torch's modules by their Flax name; every other name is the same in both.
@@ -99,7 +99,7 @@ class _Walk:
     def __init__(self, path: pathlib.Path, content: np.ndarray):
         self.path = path
         self.content = content
-        self.data = memoryview(content)
+        self.data = content.data
         self.at = 0
         # A tensor takes about eight values: its name, shape, sizes, dtype, bytes.
         self.left = 8 * MOST_TENSORS
@@ -176,35 +176,38 @@ class _Walk:
     def extension(self, length: int, depth: int) -> Any:
         code = self.take(1)[0]
         stop = self.at + length
-        if code not in (ARRAY, SCALAR):
+        if code == COMPLEX:
             self.take(length)
             return None
+        if code not in (ARRAY, SCALAR):
+            raise self.wrong(f"extension {code} is not one of Flax")
         triple = self.value(depth + 1)
         if self.at != stop or not isinstance(triple, list) or len(triple) != 3:
             raise self.wrong("an array is not (shape, dtype, bytes)")
         shape, named, data = triple
         if not isinstance(named, str) or named not in DTYPES:
             raise self.wrong(f"unknown dtype {short(named)}")
-        size = checked_shape(shape, DTYPES[named], f"{self.path}, byte {self.at}")
+        where = f"{self.path}, byte {self.at}"
+        shape, size = checked_shape(shape, DTYPES[named], where)
         if not isinstance(data, np.ndarray) or data.size != size:
             raise self.wrong(
-                f"an array of shape {short(shape)} and dtype {named} needs {size} bytes"
+                f"an array of shape {list(shape)} and dtype {named} needs {size} bytes"
             )
-        return Stored(tuple(shape), DTYPES[named], (data.view(DTYPES[named]),))
+        return Stored(shape, DTYPES[named], (data.view(DTYPES[named]),))
 
     def joined(self, found: dict[str, Any]) -> Stored:
         """An array above 1 GiB, which flax cuts: the shape, and flat chunks."""
-        shape, chunks = (self.numbered(found.get(key)) for key in ("shape", "chunks"))
+        sizes, chunks = (self.numbered(found.get(key)) for key in ("shape", "chunks"))
         if not chunks or not all(isinstance(chunk, Stored) for chunk in chunks):
             raise self.wrong("a chunked array has no chunks")
         pieces = tuple(piece for chunk in chunks for piece in chunk.pieces)
         dtype = chunks[0].dtype
-        size = checked_shape(shape, dtype, f"{self.path}, byte {self.at}")
+        shape, size = checked_shape(sizes, dtype, f"{self.path}, byte {self.at}")
         if any(piece.dtype != dtype for piece in pieces) or size != sum(
             piece.nbytes for piece in pieces
         ):
-            raise self.wrong(f"chunks do not make up an array of shape {short(shape)}")
-        return Stored(tuple(shape), dtype, pieces)
+            raise self.wrong(f"chunks do not make up an array of shape {list(shape)}")
+        return Stored(shape, dtype, pieces)
 
     def numbered(self, entries: Any) -> list[Any]:
         """The values of a map whose names are 0, 1, 2, ..."""

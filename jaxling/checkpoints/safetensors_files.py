@@ -71,13 +71,13 @@ def tensors(path: pathlib.Path) -> dict[str, Stored]:
                 f" {len(data)}: it is truncated or its header is wrong."
             )
         dtype = DTYPES[NAMES[named]]
-        shape = entry.get("shape")
-        if (size := checked_shape(shape, dtype, where)) != stop - start:
+        shape, size = checked_shape(entry.get("shape"), dtype, where)
+        if size != stop - start:
             raise CheckpointError(
-                f"{where} of shape {short(shape)} and dtype {named} needs {size} bytes;"
+                f"{where} of shape {list(shape)} and dtype {named} needs {size} bytes;"
                 f" its offsets span {stop - start}."
             )
-        found[name] = Stored(tuple(shape), dtype, (data[start:stop].view(dtype),))
+        found[name] = Stored(shape, dtype, (data[start:stop].view(dtype),))
         spans.append((start, stop, name))
     reached = 0
     for start, stop, name in sorted(spans):

@@ -56,7 +56,9 @@ def locate(
         ) from error
     try:
         snapshot = snapshot_download(
-            name, revision=revision, allow_patterns=patterns and list(patterns)
+            name,
+            revision=revision,
+            allow_patterns=None if patterns is None else list(patterns),
         )
     except errors.GatedRepoError as error:
         raise CheckpointError(

@@ -48,8 +48,10 @@ class Stored(NamedTuple):
     transposed: bool = False
 
 
-def checked_shape(shape: Any, dtype: np.dtype, where: str) -> int:
-    """Bytes of a tensor of this shape; an error unless it is a shape numpy can hold."""
+def checked_shape(
+    shape: Any, dtype: np.dtype, where: str
+) -> tuple[tuple[int, ...], int]:
+    """A shape and its bytes; an error unless it is one that numpy can hold."""
     if (
         not isinstance(shape, list)
         or len(shape) > 32
@@ -57,7 +59,7 @@ def checked_shape(shape: Any, dtype: np.dtype, where: str) -> int:
         or math.prod(size for size in shape if size) * dtype.itemsize >= 2**63
     ):
         raise CheckpointError(f"{where}: {short(shape)} is not a shape.")
-    return math.prod(shape) * dtype.itemsize
+    return tuple(shape), math.prod(shape) * dtype.itemsize
 
 
 def short(value: Any) -> str:
@@ -146,11 +148,11 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     """A JSON object without duplicate names, or a CheckpointError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            raise CheckpointError(f"{where}: {short(twice)} stands there twice.")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise CheckpointError(f"{where}: {short(name)} stands there twice.")
+            found[name] = value
         return found
 
     try:
