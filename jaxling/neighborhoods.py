@@ -105,14 +105,13 @@ def label_matrix(
     totals, present = np.zeros((2, c, c))
     for start in range(0, len(own), _BLOCK):
         codes = _codes_of(indices[start : start + _BLOCK], labels)
-        rows = np.arange(len(codes))
-        slots = rows[:, None] * (c + 1) + codes + 1  # column 0 takes the empty slots
+        slots = np.arange(len(codes))[:, None] * (c + 1) + codes + 1
         counts = np.bincount(slots.ravel(), minlength=len(codes) * (c + 1))
-        counts = counts.reshape(-1, c + 1)[:, 1:].astype(np.float64)
-        member = np.zeros((c, len(codes)))
-        member[own[start : start + _BLOCK], rows] = 1
-        totals += member @ counts
-        present += member @ (counts > 0)
+        counts = counts.reshape(-1, c + 1)[:, 1:]  # column 0 took the empty slots
+        order = np.argsort(own[start : start + _BLOCK], kind="stable")
+        rows, first = np.unique(own[start : start + _BLOCK][order], return_index=True)
+        totals[rows] += np.add.reduceat(counts[order], first)
+        present[rows] += np.add.reduceat(counts[order] > 0, first, dtype=np.int64)
     tokens = np.bincount(own, minlength=c)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = totals / tokens[:, None]
