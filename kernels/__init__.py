@@ -30,8 +30,27 @@ else:
     from .alignment import ridge_map as ridge_map
     from .cross_entropy import CrossEntropy as CrossEntropy
     from .cross_entropy import cross_entropy as cross_entropy
+    from .neighbors import Neighbors as Neighbors
+    from .neighbors import all_pairs_neighbors as all_pairs_neighbors
+    from .neighbors import csls_neighbors as csls_neighbors
+    from .neighbors import k_occurrence as k_occurrence
+    from .neighbors import merge_neighbors as merge_neighbors
+    from .neighbors import mutual_neighbors as mutual_neighbors
+    from .neighbors import nearest_neighbors as nearest_neighbors
     from .projection import Projection as Projection
     from .projection import project_layers as project_layers
+    from .reduce import Largest as Largest
+    from .reduce import Reducer as Reducer
+    from .reduce import SoftmaxMoments as SoftmaxMoments
+    from .reduce import accumulate_scores as accumulate_scores
+    from .reduce import count_above as count_above
+    from .reduce import finish_scores as finish_scores
+    from .reduce import group_mass as group_mass
+    from .reduce import log_sum_exp as log_sum_exp
+    from .reduce import maximum as maximum
+    from .reduce import merge_scores as merge_scores
+    from .reduce import moments as moments
+    from .reduce import reduce_scores as reduce_scores
     from .subspaces import cka_grid as cka_grid
     from .subspaces import debiased_linear_cka as debiased_linear_cka
     from .subspaces import econd_hm as econd_hm

@@ -31,11 +31,12 @@ def row_norms(x: Float[Array, "n d"]) -> Float[Array, " n"]:
 def unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
     """Rows scaled to length one, in float32. A zero row stays zero."""
     x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=1, initial=0.0)
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=1, initial=0.0))
     scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
     x = x / scale[:, None]
-    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=1))
-    return x / jnp.where(norm > 0, norm, 1.0)[:, None]
+    squares = jnp.sum(jnp.square(x), axis=1)
+    # The root is taken of positive numbers only, so that a zero row has a gradient.
+    return x / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))[:, None]
 
 
 def widened(x: ArrayLike) -> Array:

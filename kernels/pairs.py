@@ -1,0 +1,144 @@
+"""The score of one pair of rows: every score that a neighbour search returns is this.
+
+Rows are brought to a safe scale first (unit length for cosine, powers of two
+otherwise, which change no rounding), so that huge and tiny rows neither overflow nor
+vanish. `closeness` is what searches rank by: larger is closer, whatever the metric.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from . import numerics
+
+Metric = Literal["cosine", "dot", "l2"]
+METRICS: tuple[Metric, ...] = ("cosine", "dot", "l2")
+
+# Half a unit in the last place of a float32 significand, and its smallest exponent.
+UNIT_ROUNDOFF = 2.0**-24
+_SMALLEST = 2.0**-125
+# Rows of safe scale have entries up to 2**60: sums of their products stay in range.
+_SAFE_EXPONENT = 60
+
+
+class Rows(NamedTuple):
+    """Rows at a safe scale.
+
+    Attributes:
+      values: float32; a row that is not valid is zero.
+      valid: False where a row holds NaN or Inf, or is zero under cosine.
+      exponent: the row is `values * 2**exponent`; 0 under cosine.
+    """
+
+    values: Float[Array, "n d"]
+    valid: Bool[Array, " n"]
+    exponent: Int[Array, " n"]
+
+
+def check_metric(metric: str) -> None:
+    """Raises ValueError where `metric` is unknown."""
+    if metric not in METRICS:
+        raise ValueError(f"`metric` must be one of {METRICS}; got {metric!r}.")
+
+
+def prepare(
+    queries: Float[Array, "n d"], keys: Float[Array, "m d"], metric: Metric
+) -> tuple[Rows, Rows]:
+    """Both sides at a safe scale: one scale for all keys, so that they compare."""
+    finite = [jnp.isfinite(x).all(axis=1) for x in (queries, keys)]
+    sides = [
+        jnp.where(mask[:, None], x, 0).astype(jnp.float32)
+        for mask, x in zip(finite, (queries, keys))
+    ]
+    if metric == "cosine":
+        return tuple(  # type: ignore[return-value]
+            Rows(numerics.unit(x), mask & (x != 0).any(axis=1), _zeros(x))
+            for mask, x in zip(finite, sides)
+        )
+    row, all_keys = _exponent(sides[0], axis=1), _exponent(sides[1], axis=None)
+    if metric == "dot":
+        exponents = [row, all_keys - _SAFE_EXPONENT]
+    else:
+        common = jnp.maximum(_exponent(sides[0], axis=None), all_keys)
+        exponents = [common - _SAFE_EXPONENT] * 2
+    exponents = [_zeros(x) + e for x, e in zip(sides, exponents)]
+    return tuple(  # type: ignore[return-value]
+        Rows(times_power_of_two(x, -e[:, None]), mask, e)
+        for x, mask, e in zip(sides, finite, exponents)
+    )
+
+
+def pair_closeness(
+    queries: Float[Array, "... d"], keys: Float[Array, "... d"], metric: Metric
+) -> Float[Array, "..."]:
+    """Closeness of safe-scale rows, pair by pair (broadcast), in float32.
+
+    cosine, dot: sum_i x_i y_i        l2: -sum_i (x_i - y_i)^2
+    """
+    if metric == "l2":
+        return -jnp.sum(jnp.square(queries - keys), axis=-1)
+    return jnp.sum(queries * keys, axis=-1)
+
+
+def tile_closeness(
+    queries: Float[Array, "r d"], keys: Float[Array, "t d"], metric: Metric
+) -> Float[Array, "r t"]:
+    """Closeness of all pairs by one matrix product: within `bound` of the pairs'."""
+    scores = numerics.matmul_f32(queries, keys.T)
+    if metric == "l2":
+        squares = [jnp.sum(jnp.square(x), axis=1) for x in (queries, keys)]
+        scores = 2 * scores - (squares[0][:, None] + squares[1][None, :])
+    return scores
+
+
+def bound(queries: Rows, keys: Rows, metric: Metric) -> Float[Array, " n"]:
+    """How far `tile_closeness` may lie from `pair_closeness`, for any key.
+
+    A sum of d products in float32, in any order, errs by at most
+    `d u sum_i |x_i y_i| <= d u |x| |y|` to first order, u = 2**-24 (Higham, Accuracy
+    and Stability of Numerical Algorithms, 2002, section 3.1); both sides of the
+    comparison err, and l2 adds the roundings of two squared norms.
+    """
+    d = queries.values.shape[1]
+    x = numerics.row_norms(queries.values)
+    y = jnp.max(numerics.row_norms(keys.values), initial=0.0)
+    size = jnp.square(x + y) if metric == "l2" else x * y
+    return 2.02 * (d + 6) * UNIT_ROUNDOFF * size + d * _SMALLEST
+
+
+def score(
+    closeness: Float[Array, "n k"], exponent: Int[Array, " n"], metric: Metric
+) -> Float[Array, "n k"]:
+    """The metric's own value: similarity, or squared Euclidean distance for l2.
+
+    `exponent` is the sum of both sides' exponents.
+    """
+    value = -closeness if metric == "l2" else closeness
+    value = times_power_of_two(value, exponent[:, None])
+    return jnp.where(value == 0, 0.0, value)  # no negative zeros: they sort apart
+
+
+def times_power_of_two(
+    x: Float[Array, "..."], exponent: Int[Array, "..."]
+) -> Float[Array, "..."]:
+    """`x * 2**exponent`, exact unless the result leaves the range of float32."""
+    for _ in range(3):
+        # Three steps reach the whole range without an intermediate power that
+        # overflows.
+        step = jnp.clip(exponent, -126, 127)
+        exponent = exponent - step
+        power = lax.bitcast_convert_type((step + 127) << 23, jnp.float32)
+        x = x * power
+    return x
+
+
+def _exponent(x: Float[Array, "n d"], axis: int | None) -> Int[Array, "..."]:
+    """Smallest e with all `|x| < 2**e`; 0 for zeros."""
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, initial=0.0))
+    return jnp.frexp(largest)[1].astype(jnp.int32)
+
+
+def _zeros(x: Float[Array, "n d"]) -> Int[Array, " n"]:
+    return jnp.zeros(x.shape[0], jnp.int32)

@@ -1,0 +1,250 @@
+"""Nearest neighbours against the float64 definition, and laws of any input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jaxling import kernels
+
+METRICS = ("cosine", "dot", "l2")
+
+
+def assert_same(found, queries, keys, k, metric, excluded=None):
+    """Same scores as the oracle, and indices whose true scores are as good.
+
+    Two orders may differ only where true scores differ by less than float32 rounding
+    of a sum of d products, which the tolerance is a few times of.
+    """
+    scores, indices = (np.asarray(a) for a in found)
+    assert scores.dtype == np.float32 and indices.dtype == np.int32
+    expected, expected_ids = oracles.neighbors(queries, keys, k, metric, excluded)
+    close = oracles.closeness(queries, keys, metric)
+    sign = -1 if metric == "l2" else 1
+    empty = expected_ids < 0
+    np.testing.assert_array_equal(indices < 0, empty)
+    np.testing.assert_array_equal(np.isnan(scores), empty)
+    q, x = (np.nan_to_num(np.asarray(a, np.float64)) for a in (queries, keys))
+    if metric == "cosine":
+        size = np.ones((len(q), 1))
+    else:
+        size = np.linalg.norm(q, axis=1, keepdims=True) + 1e-30
+        size = size * np.linalg.norm(x, axis=1).max(initial=0)
+    tolerance = 4e-7 * np.sqrt(q.shape[1] + 1) * size + np.zeros_like(expected)
+    if metric == "l2":
+        # A sum of squared differences is accurate relative to itself.
+        tolerance = 4e-7 * np.sqrt(q.shape[1] + 1) * np.abs(expected) + 1e-37
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = np.abs(scores - expected)
+        assert not (error > tolerance)[~empty].any()
+        theirs = sign * np.take_along_axis(close, np.maximum(indices, 0), axis=1)
+        assert not (np.abs(theirs - expected) > tolerance)[~empty].any()
+    for row in indices:
+        assert len(set(row[row >= 0])) == (row >= 0).sum()
+    # Best first; equal returned scores go to the lower index.
+    a, b = scores[:, :-1], scores[:, 1:]
+    full = indices[:, 1:] >= 0
+    assert (sign * a >= sign * b)[full].all()
+    assert (indices[:, :-1] < indices[:, 1:])[full & (a == b)].all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    "n, m, d, k",
+    [(1, 1, 1, 1), (7, 127, 5, 5), (257, 33, 16, 33), (3, 9001, 8, 60), (4, 9, 3, 20)],
+)
+def test_neighbors_match_the_oracle(rng, metric, n, m, d, k):
+    queries, keys = rng.normal(size=(n, d)), rng.normal(size=(m, d))
+    queries, keys = queries.astype(np.float32), keys.astype(np.float32)
+    found = kernels.nearest_neighbors(queries, keys, k=k, metric=metric)
+    assert_same(found, queries, keys, k, metric)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("metric", METRICS)
+def test_half_precision_inputs_lose_nothing_more(rng, metric, dtype):
+    x = jnp.asarray(rng.normal(size=(300, 24)), dtype)
+    found = kernels.all_pairs_neighbors(x, k=10, metric=metric)
+    rounded = np.asarray(x.astype(jnp.float32))
+    assert_same(found, rounded, rounded, 10, metric, excluded=np.arange(300))
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("metric", METRICS)
+def test_more_copies_than_k_are_found_in_order(rng, metric, include_self):
+    x = rng.normal(size=(400, 12)).astype(np.float32)
+    x[100:190] = x[7]  # more than the candidate buffer holds
+    x[200:204] = x[9]
+    found = kernels.all_pairs_neighbors(
+        x, k=20, metric=metric, include_self=include_self
+    )
+    excluded = None if include_self else np.arange(400)
+    assert_same(found, x, x, 20, metric, excluded)
+    if metric != "dot":
+        copies = np.r_[7, 100:190]
+        for row in (7, 100, 150, 189):
+            others = copies if include_self else copies[copies != row]
+            np.testing.assert_array_equal(found.indices[row], others[:20])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_that_are_not_numbers_are_nobodys_neighbour(rng, metric):
+    x = rng.normal(size=(60, 6)).astype(np.float32)
+    x[3] = 0
+    x[10, 2] = np.nan
+    x[20, 1] = np.inf
+    x[21, 5] = -np.inf
+    found = kernels.all_pairs_neighbors(x, k=58, metric=metric)
+    assert_same(found, x, x, 58, metric, excluded=np.arange(60))
+    invalid = {10, 20, 21} | ({3} if metric == "cosine" else set())
+    assert not invalid & set(np.asarray(found.indices).ravel().tolist())
+    for row in invalid:
+        assert (found.indices[row] == -1).all() and np.isnan(found.scores[row]).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_huge_and_tiny_rows_neither_overflow_nor_vanish(rng, metric, scale):
+    x = rng.normal(size=(200, 8)).astype(np.float32) * np.float32(scale)
+    x[::3] *= np.float32(0.01)
+    found = kernels.all_pairs_neighbors(x, k=9, metric=metric)
+    assert_same(found, x, x, 9, metric, excluded=np.arange(200))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_constant_matrix_gives_the_first_rows(metric):
+    x = np.full((150, 4), 0.3, np.float32)
+    found = kernels.all_pairs_neighbors(x, k=5, metric=metric, include_self=True)
+    np.testing.assert_array_equal(found.indices, np.tile(np.arange(5), (150, 1)))
+
+
+def test_squared_distances_ascend_and_are_never_negative(rng):
+    x = (1000 + 1e-3 * rng.normal(size=(300, 5))).astype(np.float32)
+    scores = kernels.all_pairs_neighbors(x, k=40, metric="l2").scores
+    assert (np.asarray(scores) >= 0).all() and (np.diff(scores, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_row_and_no_rows(metric):
+    one = np.ones((1, 3), np.float32)
+    none = np.ones((0, 3), np.float32)
+    for found, shape in [
+        (kernels.all_pairs_neighbors(one, k=2, metric=metric), (1, 2)),
+        (kernels.all_pairs_neighbors(none, k=2, metric=metric), (0, 2)),
+        (kernels.nearest_neighbors(one, none, k=3, metric=metric), (1, 3)),
+        (kernels.nearest_neighbors(none, one, k=3, metric=metric), (0, 3)),
+    ]:
+        assert found.indices.shape == found.scores.shape == shape
+        assert (np.asarray(found.indices) == -1).all() and np.isnan(found.scores).all()
+    alone = kernels.all_pairs_neighbors(one, k=1, metric=metric, include_self=True)
+    assert alone.indices.tolist() == [[0]]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_search_works_inside_jit_vmap_and_shard_map(rng, metric):
+    x = rng.normal(size=(4, 64, 8)).astype(np.float32)
+    find = functools.partial(kernels.all_pairs_neighbors, k=5, metric=metric)
+    batched = jax.jit(jax.vmap(find))(x)
+    for scores, indices, rows in zip(*batched, x):
+        assert_same((scores, indices), rows, rows, 5, metric, np.arange(64))
+
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+    queries = rng.normal(size=(32, 8)).astype(np.float32)
+    split = jax.shard_map(
+        functools.partial(kernels.nearest_neighbors, k=5, metric=metric),
+        mesh=mesh,
+        in_specs=(P("rows"), P()),
+        out_specs=P("rows"),
+    )
+    assert_same(jax.jit(split)(queries, x[0]), queries, x[0], 5, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_scores_have_the_gradient_of_the_dense_definition(rng, metric):
+    queries, keys = (rng.normal(size=(n, 4)).astype(np.float32) for n in (6, 30))
+
+    def ours(q, x):
+        return kernels.nearest_neighbors(q, x, k=3, metric=metric).scores.sum()
+
+    def dense(q, x):
+        if metric == "l2":
+            scores = -jnp.square(q[:, None] - x).sum(-1)
+            return -jax.lax.top_k(scores, 3)[0].sum()
+        if metric == "cosine":
+            q, x = (a / jnp.linalg.norm(a, axis=1, keepdims=True) for a in (q, x))
+        return jax.lax.top_k(q @ x.T, 3)[0].sum()
+
+    gradients = (jax.jit(jax.grad(f, (0, 1)))(queries, keys) for f in (ours, dense))
+    for a, b in zip(*gradients):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_score_matrix_is_never_held(rng):
+    x = jax.ShapeDtypeStruct((20_000, 16), jnp.float32)
+    compiled = (
+        jax.jit(functools.partial(kernels.all_pairs_neighbors, k=10)).lower(x).compile()
+    )
+    scores = 4 * x.shape[0] ** 2
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 16
+
+
+def test_merging_parts_is_searching_the_whole(rng):
+    queries = rng.integers(-2, 3, size=(20, 5)).astype(np.float32)
+    keys = rng.integers(-2, 3, size=(90, 5)).astype(np.float32)
+    for metric in METRICS:
+        find = functools.partial(kernels.nearest_neighbors, k=8, metric=metric)
+        merge = functools.partial(kernels.merge_neighbors, metric=metric)
+        whole = find(queries, keys)
+        parts = []
+        for start in (0, 30, 60):
+            part = find(queries, keys[start : start + 30])
+            ids = jnp.where(part.indices < 0, -1, part.indices + start)
+            parts.append(part._replace(indices=ids))
+        a, b, c = parts
+        for merged in (merge(merge(a, b), c), merge(a, merge(c, b))):
+            np.testing.assert_array_equal(merged.indices, whole.indices)
+            np.testing.assert_array_equal(merged.scores, whole.scores)
+
+
+def test_csls_matches_its_definition(rng):
+    queries, keys = (rng.normal(size=(n, 6)).astype(np.float32) for n in (40, 70))
+    found = kernels.csls_neighbors(queries, keys, k=5, neighborhood=10)
+    expected = oracles.csls(queries, keys, 10)
+    order = np.argsort(-expected, axis=1)[:, :5]
+    np.testing.assert_array_equal(found.indices, order)
+    np.testing.assert_allclose(
+        found.scores, np.take_along_axis(expected, order, axis=1), atol=2e-6
+    )
+
+
+def test_mutual_neighbors_and_k_occurrence_on_paper():
+    forward = np.array([[1, 2], [0, 3], [0, -1], [2, 1]])
+    expected = [[True, True], [True, True], [True, False], [False, True]]
+    assert kernels.mutual_neighbors(forward).tolist() == expected
+    assert kernels.mutual_neighbors(forward[:2], forward).tolist() == expected[:2]
+    assert kernels.k_occurrence(forward, 5).tolist() == [2, 2, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k": 0}, "`k`.*at least 1.*0"),
+        ({"metric": "euclid"}, "`metric`.*'euclid'"),
+        ({"keys": np.ones((3, 2), np.float32)}, r"same number of columns.*\(3, 2\)"),
+        ({"queries": np.ones((3, 4), np.int32)}, "`queries`.*floating.*int32"),
+        ({"queries": np.ones(4, np.float32)}, r"`queries`.*\(4,\)"),
+        ({"implementation": "magic"}, "`implementation`.*'magic'"),
+    ],
+)
+def test_doors_name_argument_rule_and_value(change, message):
+    good = {"queries": np.ones((2, 4), np.float32), "keys": np.ones((3, 4), np.float32)}
+    arguments = good | {"k": 1} | change
+    with pytest.raises(ValueError, match=message):
+        kernels.nearest_neighbors(
+            arguments.pop("queries"), arguments.pop("keys"), **arguments
+        )
