@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxling import tokenizer_files, writing_systems
+from jaxling import checkpoints, tokenizer_files, writing_systems
 
 SPACE = "\u2581"
 
@@ -41,14 +41,11 @@ def load_vocabulary(
     belong to no token.
 
     Raises:
-      ValueError: a file is not what it claims to be, or there is no tokenizer.
-      OSError: nothing is found there, or it cannot be read.
+      ValueError: nothing is found there, a file is not what it claims to be, or there
+        is no tokenizer.
+      OSError: a file cannot be read.
     """
-    folder = pathlib.Path(path_or_id)
-    if not folder.is_dir():
-        from jaxling import checkpoints
-
-        folder = checkpoints.locate(path_or_id, revision, tokenizer_files.FILES)
+    folder = checkpoints.locate(path_or_id, revision, tokenizer_files.FILES)
     pieces = tokenizer_files.read_pieces(folder)
     length = max(pieces.ids.values()) + 1
     tokens, strings = [""] * length, [""] * length

@@ -147,7 +147,7 @@ def save_heatmap(
     with _picture(path, text, size) as (axes, shown):
         palette = matplotlib.colormaps["RdBu_r" if diverging else "YlGnBu"]
         image = axes.imshow(
-            np.ma.masked_invalid(values),
+            np.ma.masked_invalid(values if values.size else [[np.nan]]),
             cmap=palette.with_extremes(bad="#c9cdd1"),
             vmin=low,
             vmax=high if high > low else low + 1,
