@@ -14,15 +14,21 @@ import transformers  # noqa: E402
 # Noise of float32 products in another order; 1e-4 would be a defect.
 TOLERANCE = 5e-5
 
-SMALL = dict(
+SIZES = dict(
     vocab_size=101,
     hidden_size=48,
     intermediate_size=64,
     num_hidden_layers=3,
     num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
     max_position_embeddings=64,
-    eos_token_id=None,  # or transformers stops there
 )
+MULTI_HEAD = {
+    name: size
+    for name, size in SIZES.items()
+    if name not in ("num_key_value_heads", "head_dim")
+}
 LLAMA_3 = dict(
     rope_type="llama3",
     rope_theta=500.0,
@@ -31,15 +37,17 @@ LLAMA_3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+LOCAL = dict(sliding_window=6, attention_bias=True)
 CASES = {
     "llama": dict(
+        SIZES,
         model_type="llama",
-        num_key_value_heads=2,
         attention_bias=True,
         mlp_bias=True,
         rope_parameters=LLAMA_3,
     ),
     "llama-tied-odd-heads": dict(
+        SIZES,
         model_type="llama",
         hidden_size=40,
         num_attention_heads=5,
@@ -47,21 +55,92 @@ CASES = {
         head_dim=12,
         tie_word_embeddings=True,
     ),
+    "llama-yarn": dict(
+        SIZES,
+        model_type="llama",
+        rope_parameters=dict(
+            rope_type="yarn",
+            rope_theta=500.0,
+            factor=4.0,
+            original_max_position_embeddings=16,
+        ),
+    ),
+    "mistral": dict(SIZES, model_type="mistral", sliding_window=5),
+    "qwen2": dict(
+        MULTI_HEAD,
+        model_type="qwen2",
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=7,
+        max_window_layers=1,
+        tie_word_embeddings=True,
+    ),
+    "qwen3": dict(SIZES, model_type="qwen3", attention_bias=True),
+    "olmo": dict(SIZES, model_type="olmo", clip_qkv=0.8, attention_bias=True),
+    "olmo2": dict(SIZES, model_type="olmo2", attention_bias=True),
+    "gemma2": dict(
+        SIZES,
+        model_type="gemma2",
+        query_pre_attn_scalar=10,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=7.0,
+        **LOCAL,
+    ),
+    "gemma3_text": dict(
+        SIZES,
+        model_type="gemma3_text",
+        num_hidden_layers=7,
+        query_pre_attn_scalar=10,
+        tie_word_embeddings=False,
+        **LOCAL,
+    ),
+    "gpt2": dict(
+        model_type="gpt2",
+        vocab_size=101,
+        n_positions=64,
+        n_embd=35,
+        n_layer=3,
+        n_head=5,
+    ),
+    "gpt_neox": dict(
+        MULTI_HEAD,
+        model_type="gpt_neox",
+        rope_parameters=dict(
+            rope_type="default", rope_theta=300.0, partial_rotary_factor=0.5
+        ),
+    ),
+    "gpt_neox-sequential": dict(
+        MULTI_HEAD, model_type="gpt_neox", use_parallel_residual=False
+    ),
+    "bloom": dict(
+        model_type="bloom", vocab_size=101, hidden_size=35, n_layer=3, n_head=5
+    ),
+    "xglm": dict(
+        model_type="xglm",
+        vocab_size=101,
+        max_position_embeddings=64,
+        d_model=40,
+        ffn_dim=56,
+        num_layers=3,
+        attention_heads=5,
+    ),
 }
 
 
 @pytest.fixture(scope="session", params=CASES)
 def checkpoint(request, tmp_path_factory):
     """A directory of several shards, and the torch model that wrote it."""
-    values = {**SMALL, **CASES[request.param]}
-    config = transformers.AutoConfig.for_model(**values)
+    config = transformers.AutoConfig.for_model(**CASES[request.param])
+    config.eos_token_id = None  # transformers would stop there
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norms near one but not one; biases as large as what they are added to.
-            parameter.normal_(float("norm" in name), 0.2)
+            norm = ("norm" in name or "ln_" in name) and "bias" not in name
+            offset = "gemma" in request.param  # its norms scale by 1 + the weight
+            parameter.normal_(float(norm and not offset), 0.2)
     path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(path, max_shard_size="60KB")
     assert len(list(path.glob("*.safetensors"))) > 1
@@ -93,9 +172,10 @@ def test_every_layer_and_the_logits_agree_with_transformers(checkpoint):
     tokens, mask = sequences()
     logits, hidden = torch_run(oracle, tokens, mask)
     model = models.load(path)
-    found, cache = model.run_with_cache(tokens, mask)
+    names = ("blocks.0.hook_resid_pre", "resid_post")
+    found, cache = model.run_with_cache(tokens, mask, names_filter=names)
     real = mask.astype(bool)
-    stream = [cache["hook_embed"], *cache["resid_post"][:-1]]
+    stream = [cache["blocks.0.hook_resid_pre"], *cache["resid_post"][:-1]]
     stream.append(model.final_norm(cache["resid_post"][-1]))
     for ours, theirs in zip(stream, hidden, strict=True):
         np.testing.assert_allclose(ours[real], theirs[real], atol=TOLERANCE, rtol=0)

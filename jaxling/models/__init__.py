@@ -18,14 +18,36 @@ from jax.typing import DTypeLike
 
 from jaxling.checkpoints import CheckpointError, open_checkpoint
 
-from . import conversion, llama
+from . import (
+    bloom,
+    conversion,
+    gemma,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    olmo,
+    qwen,
+    xglm,
+)
 from .cache import Cache as Cache
 from .generation import generate as generate
 from .model import Model as Model
 
 # By the `model_type` of config.json.
 FAMILIES: dict[str, conversion.Family] = {
+    "bloom": bloom.FAMILY,
+    "gemma2": gemma.FAMILY2,
+    "gemma3_text": gemma.FAMILY3,
+    "gpt2": gpt2.FAMILY,
+    "gpt_neox": gpt_neox.FAMILY,
     "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "olmo": olmo.FAMILY,
+    "olmo2": olmo.FAMILY2,
+    "qwen2": qwen.FAMILY2,
+    "qwen3": qwen.FAMILY3,
+    "xglm": xglm.FAMILY,
 }
 
 
@@ -81,7 +103,7 @@ def build(
     """
     config = dict(config)
     family = family_of(config, "config")
-    spec = family.spec(conversion.read_config(config, family, "config"))
+    spec = conversion.read_spec(config, family, "config")
     model = family.model(spec, json.dumps(config), rngs=nnx.Rngs(params=key))
     graph, parameters = nnx.split(model)
     return nnx.merge(graph, jax.tree.map(lambda a: a.astype(dtype), parameters))

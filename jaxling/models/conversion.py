@@ -66,6 +66,7 @@ class Family(NamedTuple):
     spec: Callable[[dict[str, Any]], Any]
     rules: Callable[[Any], Rules]
     ignored: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = {}  # other spelling -> the one in `attributes`
 
 
 # Attributes of any family that name tokens, training, generation or bookkeeping.
@@ -76,7 +77,7 @@ IGNORED = {
     "gradient_checkpointing",
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "mask_token_id",
     "unk_token_id", "cls_token_id", "decoder_start_token_id", "forced_bos_token_id",
-    "forced_eos_token_id", "initializer_range", "initializer_factor",
+    "forced_eos_token_id", "initializer_range", "initializer_factor", "init_std",
     "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout",
     "attention_probs_dropout_prob", "activation_dropout", "classifier_dropout",
     "classifier_dropout_prob", "dropout_rate", "attn_pdrop", "embd_pdrop",
@@ -88,6 +89,7 @@ IGNORED = {
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
     "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens",
     "max_new_tokens", "_commit_hash", "directionality", "output_past",
+    "cache_implementation", "chunk_size_feed_forward",
 }  # fmt: skip
 
 
@@ -100,12 +102,14 @@ def read_config(raw: Mapping[str, Any], family: Family, where: str) -> dict[str,
     Raises:
       CheckpointError: unhandled attributes, values or types; all are named.
     """
-    problems = []
+    problems, found = [], {}
     for name, value in raw.items():
+        name = family.aliases.get(name, name)
         if name in family.attributes:
             usual = family.attributes[name]
             if not _of_kind(value, usual):
                 problems.append(f"{name} is {value!r:.80} (usually {usual!r})")
+            found[name] = value
         elif name in family.fixed:
             if value not in family.fixed[name]:
                 allowed = " or ".join(map(repr, family.fixed[name]))
@@ -115,7 +119,18 @@ def read_config(raw: Mapping[str, Any], family: Family, where: str) -> dict[str,
                 problems.append(f"{name} = {value!r:.80} is not handled")
     if problems:
         raise CheckpointError(f"{where}: {'; '.join(sorted(problems))}.")
-    return {name: raw.get(name, usual) for name, usual in family.attributes.items()}
+    return {**family.attributes, **found}
+
+
+def read_spec(raw: Mapping[str, Any], family: Family, where: str) -> Any:
+    """The family's spec of a config, as `read_config` reads it."""
+    config = read_config(raw, family, where)
+    try:
+        return family.spec(config)
+    except KeyError as error:
+        raise CheckpointError(f"{where}: {error} is missing.") from error
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"{where}: {error}.") from error
 
 
 def _of_kind(value: Any, usual: Any) -> bool:
@@ -161,6 +176,32 @@ def linear_of_heads(path: str) -> Rule:
     )
 
 
+def heads_of_three(path: str) -> Rule:
+    """Query, key and value as one kernel, `[head, (q, k, v), size]` by `d` in torch."""
+    return Rule(
+        _three(path, "kernel"),
+        lambda tensor, part, shape: np.moveaxis(
+            tensor.reshape(shape[1], 3, shape[2], shape[0])[:, part], -1, 0
+        ),
+        lambda parts: np.stack([np.moveaxis(p, 0, -1) for p in parts], 1).reshape(
+            -1, len(parts[0])
+        ),
+    )
+
+
+def biases_of_three(path: str) -> Rule:
+    """The bias of `heads_of_three`."""
+    return Rule(
+        _three(path, "bias"),
+        lambda tensor, part, shape: tensor.reshape(shape[0], 3, shape[1])[:, part],
+        lambda parts: np.stack(parts, 1).reshape(-1),
+    )
+
+
+def _three(path: str, leaf: str) -> tuple[str, ...]:
+    return tuple(f"{path}.{name}.{leaf}" for name in ("query", "key", "value"))
+
+
 def _split(tensor: np.ndarray, part: int, shape: tuple[int, ...]) -> np.ndarray:
     if tensor.shape != shape and tensor.shape != (np.prod(shape, dtype=int),):
         raise ValueError
@@ -191,7 +232,7 @@ def load(
     mesh: Mesh | None = None,
 ) -> Model:
     """The model of a checkpoint; see `jaxling.models.load`."""
-    spec = family.spec(read_config(checkpoint.config, family, str(checkpoint.path)))
+    spec = read_spec(checkpoint.config, family, str(checkpoint.path))
     config_json = json.dumps(checkpoint.config)
     abstract = nnx.eval_shape(lambda: family.model(spec, config_json, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)

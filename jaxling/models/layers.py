@@ -236,6 +236,8 @@ class Mlp(nnx.Module):
     """Two products around an activation; where gated, `act(gate(x)) * up(x)`."""
 
     def __init__(self, spec: Spec, rngs: nnx.Rngs):
+        if spec.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {spec.activation!r} is not handled")
         self.activation = spec.activation
         stack, d, n = (spec.layers,), (spec.width,), (spec.mlp_width,)
         bias, std = spec.mlp_bias, spec.init_std

@@ -49,7 +49,7 @@ def head_size(config: dict[str, Any]) -> int:
         return found
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if width % heads:
-        raise ValueError(f"hidden_size {width} is not a multiple of {heads} heads.")
+        raise ValueError(f"hidden_size {width} is not a multiple of {heads} heads")
     return width // heads
 
 
@@ -71,7 +71,7 @@ def stack(config: dict[str, Any]) -> layers.Spec:
     if heads % kv_heads:
         raise ValueError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads"
-            f" {kv_heads}."
+            f" {kv_heads}"
         )
     return layers.Spec(
         layers=config["num_hidden_layers"],
@@ -93,6 +93,21 @@ def language(config: dict[str, Any], spec: layers.Spec) -> Language:
         length=config["max_position_embeddings"],
         tied=config["tie_word_embeddings"],
     )
+
+
+def windows(config: dict[str, Any], kinds: list[str]) -> tuple[int, ...]:
+    """Of each layer, 0 for none; `kinds` is used where the config has no layer_types.
+
+    Raises:
+      ValueError: a kind of layer that is not handled, or too many or few layers.
+    """
+    kinds, layers = config["layer_types"] or kinds, config["num_hidden_layers"]
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types lists {len(kinds)} layers of {layers}")
+    if unknown := set(map(str, kinds)) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types {sorted(unknown)} are not handled")
+    window = config["sliding_window"] or 0
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 def spec(config: dict[str, Any]) -> Language:

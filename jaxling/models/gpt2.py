@@ -1,0 +1,122 @@
+"""GPT-2: learned positions, kernels as `[in, out]`. Radford et al., 2019,
+https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
+"""
+
+from typing import Any
+
+import numpy as np
+
+from . import layers
+from .conversion import Family, Ignore, Rule, Rules, same
+from .decoder import Decoder, Language
+
+ATTRIBUTES = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": True,
+}
+FIXED = {
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "reorder_and_upcast_attn": (False, True),  # the order of a product, not its value
+}
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+IGNORED = (
+    "n_ctx",
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+)
+
+
+def spec(config: dict[str, Any]) -> Language:
+    width, heads = config["n_embd"], config["n_head"]
+    if width % heads:
+        raise ValueError(f"n_embd {width} is not a multiple of n_head {heads}")
+    stack = layers.Spec(
+        layers=config["n_layer"],
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_size=width // heads,
+        mlp_width=config["n_inner"] or 4 * width,
+        activation=config["activation_function"],
+        gated=False,
+        norm="layer",
+        norm_eps=config["layer_norm_epsilon"],
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        scale=None if config["scale_attn_weights"] else 1.0,
+    )
+    return Language(
+        stack=stack,
+        vocabulary=config["vocab_size"],
+        length=config["n_positions"],
+        positions="learned",
+        tied=config["tie_word_embeddings"],
+    )
+
+
+def _columns(path: str, leaf: str) -> Rule:
+    """Queries, keys, values side by side: the last axis is [3, head, size]."""
+
+    def view(tensor: np.ndarray, part: int, shape: tuple[int, ...]) -> np.ndarray:
+        return tensor.reshape(*shape[:-2], 3, *shape[-2:])[..., part, :, :]
+
+    def join(parts: list[np.ndarray]) -> np.ndarray:
+        return np.stack(parts, -3).reshape(*parts[0].shape[:-2], -1)
+
+    return Rule(
+        tuple(f"{path}.{name}.{leaf}" for name in ("query", "key", "value")), view, join
+    )
+
+
+def _from_heads(path: str) -> Rule:
+    return Rule(
+        (path,),
+        lambda tensor, part, shape: tensor.reshape(shape),
+        lambda parts: parts[0].reshape(-1, parts[0].shape[-1]),
+    )
+
+
+def rules(spec: Language) -> Rules:
+    name, path = "(transformer.)h.{layer}.", "decoder.blocks."
+    table: dict[str, Rule | Ignore] = {
+        "(transformer.)wte.weight": same("embedding"),
+        "(transformer.)wpe.weight": same("position_embedding"),
+        "lm_head.weight": Ignore("tied: it is the embedding")
+        if spec.tied
+        else same("unembedding"),
+        name + "attn.bias": Ignore("the causal mask"),
+        name + "attn.masked_bias": Ignore("the causal mask"),
+        name + "attn.c_attn.weight": _columns(path + "attention", "kernel"),
+        name + "attn.c_attn.bias": _columns(path + "attention", "bias"),
+        name + "attn.c_proj.weight": _from_heads(path + "attention.out.kernel"),
+        name + "attn.c_proj.bias": same(path + "attention.out.bias"),
+    }
+    for part, own in (("c_fc", "up"), ("c_proj", "down")):
+        table[f"{name}mlp.{part}.weight"] = same(f"{path}mlp.{own}.kernel")
+        table[f"{name}mlp.{part}.bias"] = same(f"{path}mlp.{own}.bias")
+    for leaf, own in (("weight", "scale"), ("bias", "bias")):
+        table[f"{name}ln_1.{leaf}"] = same(f"{path}attention_norm.{own}")
+        table[f"{name}ln_2.{leaf}"] = same(f"{path}mlp_norm.{own}")
+        table[f"(transformer.)ln_f.{leaf}"] = same(f"decoder.final_norm.{own}")
+    return table
+
+
+FAMILY = Family(Decoder, ATTRIBUTES, FIXED, spec, rules, IGNORED, ALIASES)
