@@ -1,0 +1,273 @@
+"""Translation by retrieval: words, sentences, and which languages lie close together.
+
+Spaces are rows of vectors, `source [n, d]` and `target [m, d]`, already mapped into
+one space where a map is needed (`jaxling.kernels.procrustes`). Row numbers stand for
+words or sentences.
+"""
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import NamedTuple
+
+import numpy as np
+import scipy.cluster.hierarchy
+import scipy.spatial.distance
+
+from jaxling import kernels
+
+METHODS = ("nearest", "csls", "inverted_softmax", "margin_ratio")
+
+
+def translate(
+    source: np.ndarray,
+    target: np.ndarray,
+    *,
+    k: int = 10,
+    method: str = "csls",
+    neighborhood: int = 10,
+    inverse_temperature: float = 30.0,
+) -> kernels.Neighbors:
+    """The k best targets of every source row.
+
+    - `nearest`: by cosine.
+    - `csls`: `2 cos - r - r`, Conneau et al., 2018, https://arxiv.org/abs/1710.04087.
+    - `inverted_softmax`: `exp(b cos(x, y)) / sum_x' exp(b cos(x', y))` as its log, with
+      b the inverse temperature; Smith et al., 2017, https://arxiv.org/abs/1702.03859.
+    - `margin_ratio`: `cos / ((r_x + r_y) / 2)` over the `neighborhood` nearest targets
+      of each source row (at least k), as it is used for mining; Artetxe & Schwenk,
+      2019, https://arxiv.org/abs/1811.01136, eq. 3.
+
+    Args:
+      source: `[n, d]`, any float dtype; scored in float32.
+      target: `[m, d]`.
+      k: how many targets.
+      method: one of `METHODS`.
+      neighborhood: rows that the corrections average over.
+      inverse_temperature: of the inverted softmax.
+
+    Returns:
+      `Neighbors`: scores and indices `[n, k]`, best first; -1 and NaN at empty slots.
+
+    Raises:
+      ValueError: an unknown method, or arguments that do not fit.
+    """
+    if method == "nearest":
+        return kernels.nearest_neighbors(source, target, k=k)
+    if method == "csls":
+        return kernels.csls_neighbors(source, target, k=k, neighborhood=neighborhood)
+    if method == "inverted_softmax":
+        return _inverted_softmax(source, target, k, inverse_temperature)
+    if method == "margin_ratio":
+        found = kernels.nearest_neighbors(source, target, k=max(k, neighborhood))
+        scored = _by_margin(found, source, target, neighborhood)
+        return kernels.Neighbors(scored.scores[:, :k], scored.indices[:, :k])
+    raise ValueError(f"`method` must be one of {METHODS}; got {method!r}.")
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return np.asarray(kernels.numerics.unit(np.asarray(x)))
+
+
+def _inverted_softmax(source, target, k, inverse_temperature):
+    """One inner product: the normaliser of each target is one more column."""
+    x, y = _unit(source), _unit(target)
+    normaliser = kernels.reduce_scores(
+        inverse_temperature * y, x, (kernels.log_sum_exp(),)
+    )[0]
+    normaliser = np.asarray(normaliser, np.float32)[:, None]
+    left = np.concatenate([inverse_temperature * x, -np.ones_like(x[:, :1])], 1)
+    return kernels.nearest_neighbors(
+        left, np.concatenate([y, normaliser], 1), k=k, metric="dot"
+    )
+
+
+def _by_margin(found, source, target, neighborhood) -> kernels.Neighbors:
+    """Orders each row's nearest targets by the ratio margin."""
+    scores, indices = np.array(found.scores), np.asarray(found.indices)
+    nearest = min(neighborhood, scores.shape[1])
+    own = np.nanmean(scores[:, :nearest], axis=1)
+    back = kernels.nearest_neighbors(
+        target, source, k=min(neighborhood, len(np.asarray(source)))
+    )
+    theirs = np.nanmean(np.asarray(back.scores), axis=1)
+    scores = scores / ((own[:, None] + theirs[indices]) / 2)
+    scores[indices < 0] = -np.inf
+    order = np.lexsort((indices, -scores), axis=-1)
+    scores = np.take_along_axis(scores, order, 1)
+    scores[~np.isfinite(scores)] = np.nan
+    return kernels.Neighbors(scores, np.take_along_axis(indices, order, 1))
+
+
+class Induction(NamedTuple):
+    """How well retrieved translations agree with a dictionary.
+
+    `precision_at` is the share of source words with a gold translation among the first
+    1, 5, 10, ... retrieved; `mrr` the mean reciprocal rank of the first gold one (0
+    where none was retrieved); `coverage` the share of the dictionary's source words
+    that could be asked for; `words` how many were.
+    """
+
+    precision_at: dict[int, float]
+    mrr: float
+    coverage: float
+    words: int
+
+
+def evaluate_induction(
+    retrieved: np.ndarray,
+    rows: Sequence[int],
+    gold: Mapping[int, AbstractSet[int]],
+    *,
+    entries: int | None = None,
+    at: Sequence[int] = (1, 5, 10),
+) -> Induction:
+    """Bilingual lexicon induction: P@k, MRR and coverage.
+
+    Args:
+      retrieved: `[len(rows), k]` target rows, best first, -1 where empty.
+      rows: the source row that each list belongs to.
+      gold: the correct target rows of each source row.
+      entries: source words of the whole dictionary; by default those in `gold`.
+      at: the k of P@k, each at most the width of `retrieved`.
+
+    Raises:
+      ValueError: an entry of `at` exceeds the lists; no row has a gold translation.
+    """
+    retrieved = np.asarray(retrieved)
+    if max(at) > retrieved.shape[1] or min(at) < 1:
+        raise ValueError(
+            f"`at` must be within [1, {retrieved.shape[1]}], the lists' length;"
+            f" got {tuple(at)}."
+        )
+    asked = [i for i, row in enumerate(rows) if gold.get(row)]
+    if not asked:
+        raise ValueError("No source row has a gold translation: nothing to evaluate.")
+    ranks = np.full(len(asked), np.inf)
+    for position, i in enumerate(asked):
+        hit = np.isin(retrieved[i], list(gold[rows[i]]))
+        if hit.any():
+            ranks[position] = 1 + int(hit.argmax())
+    return Induction(
+        {k: float(np.mean(ranks <= k)) for k in at},
+        float(np.mean(1 / ranks)),
+        len(asked) / (entries or len(gold)),
+        len(asked),
+    )
+
+
+class Bitext(NamedTuple):
+    """Mined sentence pairs `[p, 2]` (source row, target row), best margin first."""
+
+    pairs: np.ndarray
+    margins: np.ndarray
+
+
+def mine_bitext(source: np.ndarray, target: np.ndarray, *, k: int = 4) -> Bitext:
+    """Pairs that are each other's best candidate by ratio margin.
+
+    A pair is kept when it is the best of both directions, decided on indices (two
+    directions round the same score differently, so comparing scores would lose pairs).
+    Artetxe & Schwenk, 2019, https://arxiv.org/abs/1811.01136, with the k = 4 of Jones
+    et al., 2021, https://arxiv.org/abs/2109.06324.
+
+    Args:
+      source: `[n, d]`.
+      target: `[m, d]`.
+      k: neighbours that the margin averages over.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    k_forward = min(k, len(np.asarray(target)))
+    k_backward = min(k, len(np.asarray(source)))
+    forward = kernels.nearest_neighbors(source, target, k=k_forward)
+    backward = kernels.nearest_neighbors(target, source, k=k_backward)
+    best = _by_margin(forward, source, target, k)
+    back = _by_margin(backward, target, source, k)
+    there = np.asarray(best.indices)[:, 0]
+    home = np.asarray(back.indices)[:, 0]
+    rows = np.flatnonzero(there >= 0)
+    rows = rows[home[there[rows]] == rows]
+    margins = np.asarray(best.scores)[rows, 0]
+    order = np.argsort(-margins, kind="stable")
+    pairs = np.stack([rows, there[rows]], 1)
+    return Bitext(pairs[order], margins[order])
+
+
+def pair_f1(pairs: np.ndarray, gold: np.ndarray) -> float:
+    """F1 of mined pairs `[p, 2]` against gold pairs `[g, 2]`; 0 where neither has any.
+
+    2 * correct / (mined + gold), each pair counted once.
+    """
+    mined = {tuple(pair) for pair in np.asarray(pairs).reshape(-1, 2).tolist()}
+    true = {tuple(pair) for pair in np.asarray(gold).reshape(-1, 2).tolist()}
+    return 2 * len(mined & true) / max(len(mined) + len(true), 1)
+
+
+def language_centroids(vectors: np.ndarray, languages: Sequence[str]) -> np.ndarray:
+    """Mean vector of each language `[g, d]`, languages in alphabetical order.
+
+    Fan et al., 2021 (representation sprachbund), https://arxiv.org/abs/2109.00271.
+    """
+    names = np.asarray(languages)
+    return np.stack([vectors[names == name].mean(0) for name in sorted(set(languages))])
+
+
+def cluster_languages(
+    centroids: np.ndarray, clusters: int, *, method: str = "average"
+) -> np.ndarray:
+    """Hierarchical clusters of centroids by cosine distance: labels `[g]` from 0.
+
+    Args:
+      centroids: `[g, d]`, none of them zero.
+      clusters: how many; fewer come back where the tree cannot be cut so.
+      method: linkage, as in `scipy.cluster.hierarchy.linkage`.
+    """
+    distances = scipy.spatial.distance.pdist(centroids, "cosine")
+    tree = scipy.cluster.hierarchy.linkage(np.maximum(distances, 0), method)
+    labels = scipy.cluster.hierarchy.fcluster(tree, clusters, "maxclust")
+    return np.unique(labels, return_inverse=True)[1]
+
+
+class Mantel(NamedTuple):
+    """Correlation of two distance matrices and its one-sided permutation p-value."""
+
+    correlation: float
+    p_value: float
+
+
+def mantel(
+    a: np.ndarray, b: np.ndarray, *, permutations: int = 9999, seed: int = 0
+) -> Mantel:
+    """Mantel's test: do two symmetric `[g, g]` matrices over the same items agree?
+
+    Pearson correlation of the upper triangles; the null relabels the items of one
+    matrix, because its entries are not independent. p = (1 + permutations with at
+    least this correlation) / (1 + permutations). Mantel, 1967.
+
+    Raises:
+      ValueError: not square, of different size, asymmetric, or fewer than 3 items.
+    """
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    if a.shape != b.shape or a.ndim != 2 or a.shape[0] != a.shape[1] or len(a) < 3:
+        raise ValueError(
+            "`a` and `b` must be square, of one size, with at least 3 items;"
+            f" got {a.shape} and {b.shape}."
+        )
+    if not all(np.allclose(x, x.T) for x in (a, b)):
+        raise ValueError("`a` and `b` must be symmetric.")
+    upper = np.triu_indices(len(a), 1)
+
+    def standard(x):
+        x = x[upper] - x[upper].mean()
+        norm = np.linalg.norm(x)
+        return x / norm if norm > 0 else x * np.nan
+
+    own = standard(a)
+    correlation = float(own @ standard(b))
+    generator = np.random.default_rng(seed)
+    reached = 1
+    for _ in range(permutations):
+        order = generator.permutation(len(b))
+        reached += own @ standard(b[np.ix_(order, order)]) >= correlation - 1e-12
+    return Mantel(correlation, float(reached / (1 + permutations)))
