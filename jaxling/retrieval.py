@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import scipy.cluster.hierarchy
 import scipy.spatial.distance
@@ -65,7 +66,7 @@ def translate(
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
-    return np.asarray(kernels.numerics.unit(np.asarray(x)))
+    return np.asarray(kernels.numerics.unit(jnp.asarray(x)))
 
 
 def _inverted_softmax(source, target, k, inverse_temperature):

@@ -1,0 +1,127 @@
+"""Retrieval against dense formulas and planted translations."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from jaxling import retrieval
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def scores_oracle(method, x, y, neighborhood, beta):
+    """Every score of every pair, dense, in float64."""
+    cosine = unit(x) @ unit(y).T
+    near = np.sort(cosine, 1)[:, ::-1][:, :neighborhood].mean(1)[:, None]
+    near_back = np.sort(cosine, 0)[::-1][:neighborhood].mean(0)[None]
+    return {
+        "nearest": cosine,
+        "csls": 2 * cosine - near - near_back,
+        "inverted_softmax": beta * cosine - np.log(np.exp(beta * cosine).sum(0)),
+        "margin_ratio": cosine / ((near + near_back) / 2),
+    }[method]
+
+
+@pytest.mark.parametrize("method", retrieval.METHODS)
+def test_every_method_orders_by_its_formula(rng, method):
+    x, y = rng.normal(size=(40, 6)) + 1, rng.normal(size=(33, 6)) + 1
+    expected = scores_oracle(method, x, y, 10, 30.0)
+    if method == "margin_ratio":  # defined over the nearest 10 only
+        cosine = unit(x) @ unit(y).T
+        far = cosine < np.sort(cosine, 1)[:, -10][:, None]
+        expected[far] = -np.inf
+    found = retrieval.translate(x.astype("f"), y.astype("f"), k=5, method=method)
+    order = np.argsort(-expected, axis=1)[:, :5]
+    np.testing.assert_array_equal(found.indices, order)
+    best = np.take_along_axis(expected, order, 1)
+    # Inverse temperature 30 multiplies the float32 rounding of the cosines.
+    np.testing.assert_allclose(found.scores, best, atol=2e-5)
+
+
+def test_an_unknown_method_is_named(rng):
+    with pytest.raises(ValueError, match="'best'"):
+        retrieval.translate(np.eye(3), np.eye(3), k=1, method="best")
+
+
+def test_csls_finds_what_a_hub_hides(rng):
+    """A target close to everything is nearest to many, and best by CSLS for few."""
+    x = unit(rng.normal(size=(60, 20)) + 0.8)
+    y = np.concatenate([x + 0.3 * rng.normal(size=x.shape), x.mean(0, keepdims=True)])
+    found = {
+        method: np.asarray(retrieval.translate(x, y, k=1, method=method).indices)[:, 0]
+        for method in ("nearest", "csls")
+    }
+    right = {method: np.mean(i == np.arange(60)) for method, i in found.items()}
+    assert right["csls"] > right["nearest"]
+
+
+def test_induction_by_hand():
+    lists = np.array([[3, 1, 2], [0, 1, 2], [4, 4, -1]])
+    gold = {10: {1}, 11: {0, 9}, 12: {7}, 13: {2}}
+    found = retrieval.evaluate_induction(lists, [10, 11, 12], gold, at=(1, 2))
+    assert found.precision_at == {1: 1 / 3, 2: 2 / 3}
+    assert found.mrr == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert found.coverage == 3 / 4 and found.words == 3
+
+
+def test_induction_after_a_planted_rotation_is_perfect_and_under_noise_is_not(rng):
+    x = rng.normal(size=(200, 16))
+    turn = scipy.linalg.qr(rng.normal(size=(16, 16)))[0]
+    gold = {i: {i} for i in range(200)}
+    reached = []
+    for noise in (0.0, 2.0):
+        y = x @ turn + noise * rng.normal(size=x.shape)
+        mapped = x @ np.asarray(retrieval.kernels.procrustes(x[:50], y[:50]))
+        lists = retrieval.translate(mapped, y, k=10).indices
+        reached.append(retrieval.evaluate_induction(lists, range(200), gold))
+    assert reached[0].precision_at[1] == 1 and reached[0].mrr == 1
+    assert reached[1].precision_at[1] < 0.9
+
+
+def test_induction_refuses_what_it_cannot_answer():
+    with pytest.raises(ValueError, match="lists' length"):
+        retrieval.evaluate_induction(np.zeros((1, 3), int), [0], {0: {1}}, at=(5,))
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        retrieval.evaluate_induction(np.zeros((1, 3), int), [0], {1: {1}}, at=(1,))
+
+
+def test_bitext_keeps_only_pairs_that_choose_each_other(rng):
+    x = rng.normal(size=(50, 12))
+    order = rng.permutation(50)
+    y = np.concatenate([(x + 0.1 * rng.normal(size=x.shape))[order], -x[:7]])
+    found = retrieval.mine_bitext(x, y)
+    gold = np.stack([order, np.arange(50)], 1)
+    assert retrieval.pair_f1(found.pairs, gold) == 1
+    assert np.all(np.diff(found.margins) <= 0)
+    assert len(set(found.pairs[:, 0])) == len(set(found.pairs[:, 1])) == 50
+    assert retrieval.pair_f1(found.pairs[:25], gold) == pytest.approx(2 / 3)
+    assert retrieval.pair_f1(np.zeros((0, 2)), np.zeros((0, 2))) == 0
+
+
+def test_languages_of_a_planted_family_cluster(rng):
+    roots = rng.normal(size=(2, 20))
+    vectors, languages = [], []
+    for name in ["lav", "eng", "deu", "lit"]:
+        family = roots[int(name[0] == "l")]
+        vectors.append(family + 0.2 * rng.normal(size=(30, 20)))
+        languages += [name] * 30
+    centroids = retrieval.language_centroids(np.concatenate(vectors), languages)
+    labels = retrieval.cluster_languages(centroids, 2)  # deu, eng, lav, lit
+    assert labels[0] == labels[1] != labels[2] == labels[3]
+
+
+def test_mantel_finds_agreement_and_its_absence(rng):
+    points = rng.normal(size=(12, 3))
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    noisy = distances + 0.05 * np.abs(np.subtract.outer(*[np.arange(12.0)] * 2))
+    near = retrieval.mantel(distances, noisy, permutations=199)
+    assert near.correlation > 0.9 and near.p_value == 1 / 200
+    other = rng.normal(size=(12, 3))
+    far = np.linalg.norm(other[:, None] - other[None], axis=-1)
+    assert retrieval.mantel(distances, far, permutations=199).p_value > 0.05
+    with pytest.raises(ValueError, match="symmetric"):
+        retrieval.mantel(distances, np.triu(distances))
+    with pytest.raises(ValueError, match="at least 3"):
+        retrieval.mantel(np.eye(2), np.eye(2))
