@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib import figure
 
-from jaxling.report import colors, fonts
+from jaxling.report import colors, fonts, tables
 
 _INK, _SOFT = "#202124", "#6b7785"
 _CYCLE = ("#3b6fb6", "#c0392b", "#2e8b57", "#e0a100", "#7a4fbf", "#17a2b8")
@@ -366,9 +366,9 @@ def save_scatter(
 
 
 def _name(axes, shown, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(shown(title))
-    axes.set_xlabel(shown(x_label))
-    axes.set_ylabel(shown(y_label))
+    axes.set_title(shown(title, 120))
+    axes.set_xlabel(shown(x_label, 120))
+    axes.set_ylabel(shown(y_label, 80))
 
 
 def _legend(axes):
@@ -392,8 +392,8 @@ def _picture(path: Path, text: Iterable[str], size: tuple[float, float]) -> Iter
         )
     table = {ord(c): f"<U+{ord(c):04X}>" if c in lost else "" for c in missing}
 
-    def shown(words: object) -> str:
-        return str(words).translate(table)
+    def shown(words: object, width: int = 40) -> str:
+        return tables.shorten(str(words).translate(table), width)
 
     with matplotlib.rc_context({**_STYLE, "font.family": families}):
         drawing = figure.Figure(figsize=size)
