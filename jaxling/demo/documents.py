@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxling.demo import text
+from . import text
 
 LONGEST = 256  # tokens a row of the packed arrays; longer documents are cut
 SHARES = {"verse": 0.15, "verse pair": 0.65, "word pairs": 0.20}
@@ -49,7 +49,7 @@ def word_prompt(source: str, target: str, pairs, word: str | None = None) -> str
     names = text.LANGUAGES[source], text.LANGUAGES[target]
     prompt = "Please translate words from {} to {}.\n\n".format(*names)
     for pair in pairs:
-        prompt += "{}: {}\n{}: {}\n\n".format(names[0], pair[0], names[1], pair[1])
+        prompt += f"{names[0]}: {pair[0]}\n{names[1]}: {pair[1]}\n\n"
     if word is not None:
         prompt += f"{names[0]}: {word}\n{names[1]}:"
     return prompt

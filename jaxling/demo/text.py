@@ -59,9 +59,7 @@ def verses(split: str | None = None) -> Verses:
             if (name.split(".")[0] in HELD_OUT_BOOKS) == (split == "held_out")
         ]
     else:
-        raise ValueError(
-            f'`split` must be "train", "held_out" or None; got {split!r}.'
-        )
+        raise ValueError(f'`split` must be "train", "held_out" or None; got {split!r}.')
     return Verses(
         [everything.names[row] for row in keep],
         {

@@ -11,7 +11,7 @@ import json
 import pathlib
 from collections import Counter
 
-from jaxling.demo import documents, text
+from . import documents, text
 
 # Tokens a script, its letters included: by the number of languages and the fertility.
 SIZES = {
@@ -61,7 +61,8 @@ def train(verses: text.Verses):
             show_progress=False,
             initial_alphabet=[],
             limit_alphabet=len(
-                {c for word in counts for c in word if characters[c] >= _RAREST} - {SPACE}
+                {c for word in counts for c in word if characters[c] >= _RAREST}
+                - {SPACE}
             )
             + 1,
         )

@@ -19,7 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxling.demo import text
+from jaxling import dictionaries
+
+from . import text
 
 MINIMUM_RATIO = 25.0
 MINIMUM_DICE = 0.3
@@ -75,15 +77,14 @@ def occurrences(column: list[str]) -> Words:
     pairs = np.array(rows, np.int64).reshape(-1, 2)
     commonest = [spellings[key].most_common(1)[0][0] for key in kept]
     share = [inside[key][0] / inside[key][1] if key in inside else 0.0 for key in kept]
-    cased = not all(form[0].isupper() for form in commonest) if commonest else False
-    upper_script = np.mean([form[0].isupper() for form in commonest] or [0]) > 0.5
+    capital = np.mean([form[0].isupper() for form in commonest] or [0.0])
     return Words(
         commonest,
         np.array([counts[key] for key in kept], np.int64),
         pairs[:, 0],
         pairs[:, 1],
         # Coptic and Cherokee are written in capitals throughout: no names to be seen.
-        (np.array(share) > 0.5) & (cased and not upper_script),
+        (np.array(share) > 0.5) & (capital < 0.5),
         np.array([bool(content) for content in column]),
     )
 
@@ -216,3 +217,45 @@ def mine(verses: text.Verses) -> Mined:
             if lax[row] and all(c and split_of(c) == "train" for c in concepts):
                 loose[left, right].append(pair)
     return Mined(lexicon, loose)
+
+
+def write(mined: Mined, folder: str | pathlib.Path = _FOLDER) -> None:
+    """Writes one MUSE-style file for each pair of languages and split."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for (source, target, split), pairs in mined.lexicon.items():
+        lines = "".join(f"{left}\t{right}\n" for left, right in pairs)
+        path = folder / f"{source}-{target}.{split}.tsv"
+        path.write_text(lines, "utf-8")
+
+
+def lexicon(source: str, target: str, split: str) -> list[tuple[str, str]]:
+    """The packaged word pairs of two languages, strongest association first.
+
+    Args:
+      source, target: codes of `text.LANGUAGES`, in either order.
+      split: "train" (in the models' word prompts), "development" (what choices were
+        made on), or "test". No concept is in two of them.
+
+    Raises:
+      ValueError: an unknown language or split, or a language paired with itself.
+    """
+    for name, code in (("source", source), ("target", target)):
+        if code not in text.LANGUAGES:
+            raise ValueError(
+                f"`{name}` must be one of {', '.join(text.LANGUAGES)}; got {code!r}."
+            )
+    if source == target:
+        raise ValueError(f"`source` and `target` must differ; both are {source!r}.")
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}.")
+    order = list(text.LANGUAGES)
+    turned = order.index(source) > order.index(target)
+    first, second = (target, source) if turned else (source, target)
+    pairs = _read(_FOLDER / f"{first}-{second}.{split}.tsv")
+    return [pair[::-1] for pair in pairs] if turned else list(pairs)
+
+
+@functools.cache
+def _read(path: pathlib.Path) -> list[tuple[str, str]]:
+    return dictionaries.read_dictionary(path)
