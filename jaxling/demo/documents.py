@@ -4,7 +4,11 @@ Of the documents 15% are one verse (" In the beginning ..."), 65% are a verse in
 languages ("English: ...\\nSwahili: ..."), and 20% are word pairs in the prompt of the
 word-translation task (He et al., arXiv 2505.16385):
 
-    Please translate words from English to Swahili.\\n\\nEnglish: water\\nSwahili: maji\\n\\n
+    Please translate words from English to Swahili.
+
+    English: water
+    Swahili: maji
+
 
 Verses are of the training books, words of training concepts. `UNSEEN_PAIRS` of
 languages meet in no document. Every document ends with `</s>`.

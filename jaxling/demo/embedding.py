@@ -38,7 +38,8 @@ def initial_embedding(
 ) -> np.ndarray:
     """`[vocab, width]` float32 for a model whose input and output matrix is one.
 
-    `width - 32` columns hold verse statistics (tf-idf, unit rows, truncated SVD), 31 the languages a token occurs in, and one its log frequency, which lets a bias
+    All but 32 columns hold verse statistics (tf-idf, unit rows, truncated SVD), 31 the
+    languages that a token occurs in, and one its log frequency, which lets the bias
     that the architecture lacks be expressed.
     """
     size = tokenizer.get_vocab_size()
