@@ -1,0 +1,159 @@
+"""Self-contained offline pages: one HTML file that needs no network and no server.
+
+`save_browser` writes the page in which a reader searches a token and walks from
+neighbour to neighbour. All its data travel inside the file, as text:
+
+    bytes -> zlib -> 13 bits at a time -> two of 91 printable characters
+
+(8,192 <= 91 * 91; the text is 1.23 times the bytes where base64 is 1.33). The ids of
+the neighbours are three planes, all low bytes, then all middle ones, then all high
+ones, which lets zlib spend 18 bits on an id below 250,000 even where the ids are
+random. Distances are the gaps between one neighbour and the next, in small steps.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import pathlib
+import re
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxling.report import colors
+
+_DIGITS = np.array(
+    [code for code in range(33, 127) if chr(code) not in "<>&"], np.uint8
+)
+_GROUP = 13  # bits in two digits
+_WIDTH = 1 << 16  # characters in a line of the file
+_BUDGET = 38_000_000  # characters of data; the rest of the page is small
+_STEPS = (0.01, 0.02, 0.04, 0.08)
+
+
+def save_browser(
+    path: pathlib.Path,
+    tokens: Sequence[str],
+    systems: Sequence[str],
+    ids: np.ndarray,
+    distances: np.ndarray,
+    *,
+    rows: np.ndarray | None = None,
+    starts: Sequence[int] = (),
+    title: str,
+    about: str = "",
+) -> None:
+    """Writes the page that walks through neighbour lists.
+
+    Tokens are untrusted text: they are compressed in the file and enter the page as
+    text nodes; the page's policy lets nothing run but its own script, and nothing load.
+
+    Args:
+      path: the file to write.
+      tokens: every token, in id order.
+      systems: the writing system of each token, at most 256 different ones.
+      ids: `[rows, k]` token ids of the neighbours, best first; -1 where there is none.
+      distances: `[rows, k]` cosine distances, ascending; shown to 0.01, or more
+        coarsely where the page would pass 40 MB otherwise.
+      rows: the token that each line of `ids` belongs to; line i to token i when None.
+      starts: ids of tokens to start from.
+      title: heading of the page.
+      about: a sentence under the heading.
+
+    Raises:
+      ValueError: shapes or lengths disagree.
+    """
+    count = len(tokens)
+    if len(systems) != count or ids.shape != distances.shape:
+        raise ValueError(
+            f"`systems` and `ids` must fit {count} tokens and the shape of `distances`"
+            f" {distances.shape}; got {len(systems)} and {ids.shape}."
+        )
+    lines = count if rows is None else len(rows)
+    if len(ids) != lines or count >= 1 << 24:
+        raise ValueError(
+            f"`ids` must have a line for each of {lines} tokens, and tokens must be"
+            f" fewer than {1 << 24}; got {len(ids)} lines."
+        )
+    names, index = np.unique(
+        np.asarray(systems, object).astype(str), return_inverse=True
+    )
+    packed = {
+        "tokens": json.dumps(list(tokens), ensure_ascii=False).encode(errors="replace"),
+        "systems": index.astype(np.uint8).tobytes(),
+        "ids": _planes(np.where(ids < 0, count, ids)),
+    }
+    packed = {name: zlib.compress(content) for name, content in packed.items()}
+    room = _BUDGET * _GROUP // 16 - sum(map(len, packed.values()))
+    for step in _STEPS:
+        packed["gaps"] = zlib.compress(_gaps(distances, step))
+        if len(packed["gaps"]) <= room:
+            break
+    meta = {
+        "title": title,
+        "about": about,
+        "count": count,
+        "k": ids.shape[1],
+        "step": step,
+        "systems": names.tolist(),
+        "colors": colors.script_colors(names.tolist()),
+        "rows": None if rows is None else np.asarray(rows).tolist(),
+        "starts": [int(start) for start in starts],
+        "bytes": {name: len(content) for name, content in packed.items()},
+    }
+    template = pathlib.Path(__file__).with_name("browser.html").read_text("utf-8")
+    fields = {
+        "policy": _policy(template),
+        "title": html.escape(title),
+        "heading": html.escape(title),
+        "meta": json.dumps(meta).replace("<", "\\u003c"),
+        "data": "\n".join(
+            f'<script type="text/plain" id="{name}">{_text(content)}</script>'
+            for name, content in packed.items()
+        ),
+    }
+    # One pass, so that nothing in a title or a token can name another field.
+    pieces = re.split(rf"\$({'|'.join(fields)})\b", template)
+    pieces[1::2] = [fields[name] for name in pieces[1::2]]
+    path.write_text("".join(pieces), "utf-8", newline="\n")
+
+
+def _planes(ids: np.ndarray) -> bytes:
+    """The low, the middle and the high byte of every id, one plane after another."""
+    return b"".join(
+        (ids >> shift & 255).astype(np.uint8).tobytes() for shift in (0, 8, 16)
+    )
+
+
+def _gaps(distances: np.ndarray, step: float) -> bytes:
+    """Each line's first distance and the growth from each to the next, in steps."""
+    steps = np.rint(np.nan_to_num(distances, nan=0.0) / step).astype(np.int32)
+    steps = np.maximum.accumulate(np.clip(steps, 0, 255), axis=1)
+    return np.diff(steps, axis=1, prepend=0).astype(np.uint8).tobytes()
+
+
+def _text(content: bytes) -> str:
+    """`content` as printable ASCII: 13 bits become two digits of base 91, low first."""
+    padded = np.frombuffer(content + bytes(-len(content) % _GROUP), np.uint8)
+    octets = padded.reshape(-1, _GROUP).T.astype(np.uint32)  # [13, rows of 8 groups]
+    digits = np.empty((octets.shape[1], 8, 2), np.uint8)
+    for group in range(8):
+        at, shift = divmod(group * _GROUP, 8)
+        value = octets[at] >> shift | octets[at + 1] << 8 - shift
+        if 16 - shift < _GROUP:
+            value |= octets[at + 2] << 16 - shift
+        digits[:, group, 1], digits[:, group, 0] = np.divmod(value & 8191, 91)
+    text = _DIGITS[digits.ravel()].tobytes().decode("ascii")
+    return "\n".join(text[at : at + _WIDTH] for at in range(0, len(text), _WIDTH))
+
+
+def _policy(template: str) -> str:
+    """Nothing loads; the page's own script and style run, known by their hashes."""
+    rules = ["default-src 'none'"]
+    for tag in ("script", "style"):
+        [content] = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        rules.append(f"{tag}-src 'sha256-{digest}'")
+    return "; ".join(rules)

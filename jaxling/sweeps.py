@@ -1,0 +1,329 @@
+"""Neighbour lists of matrices that outgrow memory, in bands that survive a crash.
+
+The rows are cut into panels. Band `j` brings panel `j` in: every earlier row looks for
+neighbours among its rows, and its rows among all so far, so that a pair of panels is
+scored once for both sides. No row is final before the last band; the running
+neighbours of all rows are the state. It is saved after each band, in one file that is
+either the old state or the new one, with a checksum over everything in it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from jaxling import kernels
+
+PANEL = 32_768
+_BLOCK = 1 << 24  # bytes of the matrix looked at together on the host
+
+
+class Sweep(NamedTuple):
+    """Finished neighbour lists on the host, and what it took to get them.
+
+    `scores` and `indices` are `[rows, k]`, best first, as from `nearest_neighbors`;
+    `resumed` counts the bands that were read back rather than computed.
+    """
+
+    scores: np.ndarray
+    indices: np.ndarray
+    bands: int
+    resumed: int
+
+
+def invalid_rows(matrix: np.ndarray) -> np.ndarray:
+    """Ids of the rows that have no direction: not finite, or of length zero.
+
+    They are nobody's neighbours and have none. Reads `matrix` `[n, d]` block by block.
+    """
+    found = [
+        start + np.flatnonzero(~np.isfinite(largest) | (largest == 0))
+        for start, block in _blocks(matrix)
+        for largest in [np.abs(block.astype(np.float32)).max(axis=1, initial=0.0)]
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *found])
+
+
+def identity(matrix: np.ndarray) -> str:
+    """SHA-256 of shape, dtype and values. Reads `matrix` `[n, d]` block by block."""
+    digest = hashlib.sha256(f"{matrix.shape} {matrix.dtype}\n".encode())
+    for _, block in _blocks(matrix):
+        digest.update(np.ascontiguousarray(block).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _blocks(matrix: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    _check_matrix(matrix)
+    step = max(1, _BLOCK // max(1, matrix.shape[1] * matrix.dtype.itemsize))
+    for start in range(0, len(matrix), step):
+        yield start, matrix[start : start + step]
+
+
+def sweep_neighbors(
+    matrix: np.ndarray,
+    *,
+    k: int,
+    metric: str = "cosine",
+    rows: np.ndarray | None = None,
+    skip: np.ndarray | None = None,
+    path: str | os.PathLike | None = None,
+    matrix_identity: str | None = None,
+    panel: int = PANEL,
+    progress: bool = True,
+) -> Sweep:
+    """The `k` nearest other rows of each row of `matrix`, or of those in `rows`.
+
+    Equal, to float32 rounding, to `all_pairs_neighbors(matrix, k=k, metric=metric)`
+    (with `rows`: to those lines of it), but at most two panels of the matrix are on
+    the device at a time, and `matrix` may be a memory map that is larger than memory.
+
+    Args:
+      matrix: `[n, d]`, any real floating dtype.
+      k: how many neighbours; a row is not its own.
+      metric: `cosine`, `dot` or `l2`, as in `nearest_neighbors`.
+      rows: ids of the rows to find neighbours for, ascending; all when None.
+      skip: ids of rows to treat as absent: nobody's neighbours, and without any.
+      path: the state's file. When it exists and was made for the same computation,
+        the sweep goes on after the last saved band; when it is damaged, the sweep
+        begins again. None keeps no state.
+      matrix_identity: what tells `matrix` from others, `identity(matrix)` when None:
+        pass it where it is known already.
+      panel: rows of `matrix` that are brought in together.
+      progress: shows scores per second and the time left on standard error.
+
+    Raises:
+      ValueError: an argument breaks its rule, or `path` holds the state of another
+        computation.
+      OSError: the state cannot be written. The state saved last is still there.
+    """
+    _check_matrix(matrix)
+    n = len(matrix)
+    if panel < 1:
+        raise ValueError(f"`panel` must be at least 1 row; got {panel}.")
+    task = _Task(
+        matrix, _ids("rows", rows, n), _ids("skip", skip, n), k, metric, min(panel, n)
+    )
+    path = None if path is None else pathlib.Path(path)
+    inputs = {}
+    if path:
+        inputs = {
+            "matrix": matrix_identity or identity(matrix),
+            "rows": _digest(task.rows),
+            "skip": _digest(task.skip),
+            "k": k,
+            "metric": metric,
+            "panel": task.panel,
+            "versions": {"jax": jax.__version__, "numpy": np.__version__},
+            "device": jax.devices()[0].device_kind,
+        }
+    shape = (n if rows is None else len(task.rows), k)
+    resumed, best = (path and _load(path, inputs, shape)) or (
+        0,
+        kernels.Neighbors(
+            np.full(shape, np.nan, np.float32), np.full(shape, -1, np.int32)
+        ),
+    )
+    starts = range(0, n, max(task.panel, 1))
+    work = [_scores(task, first) for first in starts]
+    with tqdm.tqdm(
+        total=sum(work),
+        initial=sum(work[:resumed]),
+        desc="neighbours",
+        unit=" scores",
+        unit_scale=True,
+        disable=not progress,
+    ) as bar:
+        for band in range(resumed, len(starts)):
+            bring_in = _pair_band if rows is None else _query_band
+            for scores in bring_in(task, starts[band], best):
+                bar.update(scores)
+            if path:
+                _save(path, inputs, band + 1, best)
+    return Sweep(best.scores, best.indices, len(starts), resumed)
+
+
+class _Task(NamedTuple):
+    matrix: np.ndarray
+    rows: np.ndarray | None
+    skip: np.ndarray | None
+    k: int
+    metric: str
+    panel: int
+
+
+def _pair_band(task: _Task, first: int, best: kernels.Neighbors) -> Iterator[int]:
+    """The panel from row `first` with itself and all earlier ones, both ways.
+
+    Changes `best` in place and yields how many scores each step has cost.
+    """
+    knobs = {"k": task.k, "metric": task.metric}
+    new = _panel(task, first)
+    _merge(task, best, first, kernels.all_pairs_neighbors(new, **knobs), first)
+    size = min(task.panel, len(task.matrix) - first)
+    yield size * (size - 1) // 2
+    for start in range(0, first, task.panel):
+        old = _panel(task, start)
+        down = kernels.nearest_neighbors(old, new, **knobs)
+        _merge(task, best, start, down, first)
+        up = kernels.nearest_neighbors(new, old, **knobs)
+        _merge(task, best, first, up, start)
+        yield task.panel * size
+
+
+def _query_band(task: _Task, first: int, best: kernels.Neighbors) -> Iterator[int]:
+    """The queried rows against the panel from row `first`; as `_pair_band`."""
+    new = _panel(task, first)
+    size = min(task.panel, len(task.matrix) - first)
+    for start in range(0, len(task.rows), task.panel):
+        ids = task.rows[start : start + task.panel]
+        queries = _absent_as_nan(task, task.matrix[ids], ids)
+        found = kernels.nearest_neighbors(
+            queries, new, k=task.k + 1, metric=task.metric
+        )
+        # The best k others are the best k + 1 without the row itself.
+        itself = np.asarray(found.indices) + first == ids[:, None]
+        others = np.argsort(itself, axis=1, kind="stable")[:, : task.k]
+        found = kernels.Neighbors(
+            *(np.take_along_axis(np.asarray(part), others, axis=1) for part in found)
+        )
+        _merge(task, best, start, found, first)
+        yield len(ids) * size
+
+
+def _merge(task: _Task, best, row: int, found, first_key: int) -> None:
+    """Merges what was `found` among the keys from `first_key` on into `best`, in place.
+
+    Line 0 of `found` is line `row` of `best`; lines beyond its end are padding.
+    """
+    here = slice(row, row + len(found.indices))
+    known = kernels.Neighbors(best.scores[here], best.indices[here])
+    scores, indices = (np.asarray(part)[: len(known.indices)] for part in found)
+    indices = np.where(indices >= 0, indices + first_key, -1).astype(np.int32)
+    if (known.indices >= 0).any():
+        new = kernels.Neighbors(scores, indices)
+        scores, indices = kernels.merge_neighbors(known, new, metric=task.metric)
+    best.scores[here], best.indices[here] = scores, indices
+
+
+def _panel(task: _Task, start: int) -> jax.Array:
+    """The panel from row `start`, on the device.
+
+    NaN rows, which are nobody's neighbours, fill up the last one: all panels have one
+    shape, so that every kernel is compiled once.
+    """
+    rows = task.matrix[start : start + task.panel]
+    block = np.full((task.panel, rows.shape[1]), np.nan, rows.dtype)
+    block[: len(rows)] = rows
+    ids = np.arange(start, start + task.panel)
+    return jax.device_put(_absent_as_nan(task, block, ids))
+
+
+def _absent_as_nan(task: _Task, block: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    if task.skip is None:
+        return block
+    absent = np.isin(ids, task.skip)[:, None]
+    return np.where(absent, np.array(np.nan, block.dtype), block)
+
+
+def _scores(task: _Task, first: int) -> int:
+    """How many scores a band computes; rows that look for each other share one."""
+    size = min(task.panel, len(task.matrix) - first)
+    if task.rows is not None:
+        return len(task.rows) * size
+    return size * (size - 1) // 2 + first * size
+
+
+def _check_matrix(matrix: np.ndarray) -> None:
+    if getattr(matrix, "ndim", 0) != 2 or not jnp.issubdtype(
+        matrix.dtype, jnp.floating
+    ):
+        raise ValueError(
+            "`matrix` must be [rows, features] of a floating dtype; got"
+            f" {getattr(matrix, 'shape', type(matrix))},"
+            f" {getattr(matrix, 'dtype', 'no dtype')}."
+        )
+
+
+def _ids(name: str, ids: np.ndarray | None, n: int) -> np.ndarray | None:
+    if ids is None:
+        return None
+    ids = np.asarray(ids, np.int64)
+    if ids.ndim != 1 or np.any(np.diff(ids, prepend=-1, append=n) <= 0):
+        raise ValueError(
+            f"`{name}` must be different row numbers in [0, {n}), ascending."
+        )
+    return ids
+
+
+def _digest(ids: np.ndarray | None) -> str | None:
+    return None if ids is None else hashlib.sha256(ids.tobytes()).hexdigest()
+
+
+def _save(
+    path: pathlib.Path, inputs: dict, bands: int, best: kernels.Neighbors
+) -> None:
+    """Replaces the state's file: its checksum, its description, scores, indices."""
+    header = json.dumps({"inputs": inputs, "bands": bands}, sort_keys=True).encode()
+    parts = [header + b"\n", best.scores.data, best.indices.data]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(digest.hexdigest().encode() + b"\n")
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(
+            f"Cannot save the sweep in {path}: {error.strerror or error}. What was"
+            " saved before is still there; the same command goes on from it."
+        ) from error
+
+
+def _load(
+    path: pathlib.Path, inputs: dict, shape: tuple[int, int]
+) -> tuple[int, kernels.Neighbors] | None:
+    """The number of finished bands and their result; None where nothing can be used."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    checksum, _, rest = content.partition(b"\n")
+    if hashlib.sha256(rest).hexdigest().encode() != checksum:
+        warnings.warn(
+            f"{path} is damaged (its checksum is wrong); the sweep begins again.",
+            stacklevel=3,
+        )
+        return None
+    header, _, arrays = rest.partition(b"\n")
+    record = json.loads(header)
+    if record["inputs"] != inputs:
+        before = record["inputs"]
+        differences = ", ".join(
+            f"{name} was {before.get(name)!r} and is now {inputs[name]!r}"
+            for name in inputs
+            if before.get(name) != inputs[name]
+        )
+        raise ValueError(
+            f"{path} holds the state of another sweep: {differences}. Choose another"
+            " place, or remove that file."
+        )
+    half = len(arrays) // 2
+    scores = np.frombuffer(arrays[:half], np.float32).reshape(shape).copy()
+    indices = np.frombuffer(arrays[half:], np.int32).reshape(shape).copy()
+    return record["bands"], kernels.Neighbors(scores, indices)
