@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxling.checkpoints import CheckpointError, open_checkpoint
 
 from . import (
+    bert,
     bloom,
     conversion,
     gemma,
@@ -28,6 +29,7 @@ from . import (
     mistral,
     olmo,
     qwen,
+    roberta,
     xglm,
 )
 from .cache import Cache as Cache
@@ -36,6 +38,7 @@ from .model import Model as Model
 
 # By the `model_type` of config.json.
 FAMILIES: dict[str, conversion.Family] = {
+    "bert": bert.FAMILY,
     "bloom": bloom.FAMILY,
     "gemma2": gemma.FAMILY2,
     "gemma3_text": gemma.FAMILY3,
@@ -47,7 +50,10 @@ FAMILIES: dict[str, conversion.Family] = {
     "olmo2": olmo.FAMILY2,
     "qwen2": qwen.FAMILY2,
     "qwen3": qwen.FAMILY3,
+    "roberta": roberta.FAMILY,
     "xglm": xglm.FAMILY,
+    "xlm-roberta": roberta.FAMILY_XLM,
+    "xlm-roberta-xl": roberta.FAMILY_XL,
 }
 
 

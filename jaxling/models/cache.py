@@ -7,6 +7,7 @@ both.
 
     hook_embed                 token embeddings, scaled, before positions are added
     hook_pos_embed             what learned or sinusoidal positions add
+    hook_token_type_embed      what the first or second text adds (BERT)
     blocks.{l}.hook_resid_pre  the residual stream that enters block l
     blocks.{l}.hook_resid_mid  after attention (absent where a block is parallel)
     blocks.{l}.hook_resid_post the output of block l; the last one is before the final
@@ -33,7 +34,7 @@ from jax import Array, lax
 Tap = Callable[[str, Array], Array]
 NamesFilter = str | tuple[str, ...] | Callable[[str], bool]
 
-DEFAULT_NAMES = ("hook_embed", "*resid_post")
+DEFAULT_NAMES = ("*hook_embed", "*resid_post")
 
 
 def untapped(name: str, value: Array) -> Array:

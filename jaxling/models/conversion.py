@@ -49,7 +49,13 @@ class Ignore(NamedTuple):
     reason: str
 
 
-Rules = Mapping[str, Rule | Ignore]
+class Alias(NamedTuple):
+    """Another name of the tensor with the rule `of`, for files that lack that one."""
+
+    of: str
+
+
+Rules = Mapping[str, Rule | Ignore | Alias]
 
 
 class Family(NamedTuple):
@@ -57,7 +63,8 @@ class Family(NamedTuple):
 
     `attributes` are those of `config.json` that `spec` reads, with the values that
     transformers assumes where they are absent; `fixed` are those that must have one of
-    the values listed; `ignored` do not change what an inference computes.
+    the values listed; `ignored` do not change what an inference computes. Where the
+    tensors decide what the config leaves open (is there a head?), `amend` does.
     """
 
     model: type[Model]
@@ -67,6 +74,7 @@ class Family(NamedTuple):
     rules: Callable[[Any], Rules]
     ignored: tuple[str, ...] = ()
     aliases: Mapping[str, str] = {}  # other spelling -> the one in `attributes`
+    amend: Callable[[Any, Checkpoint], Any] | None = None
 
 
 # Attributes of any family that name tokens, training, generation or bookkeeping.
@@ -233,8 +241,15 @@ def load(
 ) -> Model:
     """The model of a checkpoint; see `jaxling.models.load`."""
     spec = read_spec(checkpoint.config, family, str(checkpoint.path))
+    if family.amend is not None:
+        spec = family.amend(spec, checkpoint)
     config_json = json.dumps(checkpoint.config)
-    abstract = nnx.eval_shape(lambda: family.model(spec, config_json, rngs=nnx.Rngs(0)))
+    try:
+        abstract = nnx.eval_shape(
+            lambda: family.model(spec, config_json, rngs=nnx.Rngs(0))
+        )
+    except ValueError as error:  # an activation that is not handled
+        raise CheckpointError(f"{checkpoint.path}: {error}.") from error
     graph, state = nnx.split(abstract)
     shapes = {
         ".".join(path): tuple(value.shape) for path, value in nnx.to_flat_state(state)
@@ -259,17 +274,23 @@ def _plan(
     """
     patterns = [(re.compile(_pattern(name)), rule) for name, rule in rules.items()]
     plan: dict[str, dict[int | None, Slot]] = {name: {} for name in shapes}
-    unknown, wrong = [], []
+    unknown, wrong, found = [], [], []
     for tensor in checkpoint.tensor_names:
         fitting = [(m, rule) for p, rule in patterns if (m := p.fullmatch(tensor))]
-        if len(fitting) != 1:
+        if len(fitting) == 1:
+            found.append((tensor, *fitting[0]))
+        else:
             unknown.append(tensor)
-            continue
-        match, rule = fitting[0]
+    # Aliases last, for they count only where the tensor that they stand for is absent.
+    for tensor, match, rule in sorted(found, key=lambda f: isinstance(f[2], Alias)):
         if isinstance(rule, Ignore):
             continue
         layer = match.groupdict().get("layer")
         layer = None if layer is None else int(layer)
+        if isinstance(rule, Alias):
+            rule = rules[rule.of]
+            if layer in plan[rule.paths[0]]:
+                continue
         if not jnp.issubdtype(checkpoint.dtype(tensor), jnp.floating):
             wrong.append(f"{tensor} holds {checkpoint.dtype(tensor)}")
         for part, path in enumerate(rule.paths):
@@ -373,6 +394,37 @@ def sharding(
     if axes:
         spec[max(axes, key=lambda i: shape[i])] = mesh.axis_names
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def has(checkpoint: Checkpoint, template: str) -> bool:
+    """Whether a tensor fits a rule's template."""
+    return _named(checkpoint, template) is not None
+
+
+def is_tied(checkpoint: Checkpoint, embedding: str, unembedding: str) -> bool:
+    """Whether the unembedding is the embedding, by the tensors of these templates.
+
+    Old files store tied matrices twice, and configs are wrong about it both ways: what
+    is stored decides, the values where there are two.
+    """
+    first, second = _named(checkpoint, embedding), _named(checkpoint, unembedding)
+    if first is None or second is None:
+        return True
+    if checkpoint.shape(first) != checkpoint.shape(second):
+        return False
+    step = max(1, 2**22 // checkpoint.shape(first)[-1])
+    return all(
+        np.array_equal(checkpoint.read(first, rows), checkpoint.read(second, rows))
+        for start in range(0, checkpoint.shape(first)[0], step)
+        for rows in [slice(start, start + step)]
+    )
+
+
+def _named(checkpoint: Checkpoint, template: str) -> str | None:
+    pattern = re.compile(_pattern(template))
+    return next(
+        (name for name in checkpoint.tensor_names if pattern.fullmatch(name)), None
+    )
 
 
 def save(model: Model, family: Family, directory: str | os.PathLike) -> None:

@@ -142,7 +142,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...]
         ins, outs = "hd"[: self.inputs], "kn"[: kernel.ndim - self.inputs]
-        y = product(f"bp{ins},{ins}{outs}->bp{outs}", x, kernel)
+        y = product(f"...{ins},{ins}{outs}->...{outs}", x, kernel)
         return y if self.bias is None else y + self.bias[...]
 
 

@@ -1,0 +1,170 @@
+"""BERT, and what shares its architecture: mBERT, MiniLM, sentence encoders.
+
+Devlin et al., 2019, https://arxiv.org/abs/1810.04805. The norms stand behind the sums.
+"""
+
+from typing import Any
+
+from jaxling.checkpoints import Checkpoint
+
+from . import layers
+from .conversion import (
+    Alias,
+    Family,
+    Ignore,
+    Rule,
+    Rules,
+    has,
+    is_tied,
+    linear,
+    linear_of_heads,
+    same,
+    vector,
+)
+from .encoder import Encoder, Masked
+
+ATTRIBUTES = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+}
+FIXED = {"position_embedding_type": (None, "absolute")}
+
+# Of the pooler, which no hidden state depends on; old configs of mBERT list its sizes.
+IGNORED = (
+    "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+    "pooler_size_per_head", "pooler_type", "tie_word_embeddings",
+)  # fmt: skip
+
+Alternatives = dict[str, Rule | Ignore | Alias]
+
+
+def stack(config: dict[str, Any]) -> layers.Spec:
+    """What BERT's own and its relatives' configs say in the same words."""
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if width % heads:
+        raise ValueError(f"hidden_size {width} is not a multiple of {heads} heads")
+    return layers.Spec(
+        layers=config["num_hidden_layers"],
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_size=width // heads,
+        mlp_width=config["intermediate_size"],
+        activation=config["hidden_act"],
+        gated=False,
+        norm="layer",
+        norm_eps=config["layer_norm_eps"],
+        norm_placement="post",
+        final_norm=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        causal=False,
+    )
+
+
+def spec(config: dict[str, Any]) -> Masked:
+    return Masked(
+        stack=stack(config),
+        vocabulary=config["vocab_size"],
+        length=config["max_position_embeddings"],
+        token_types=config["type_vocab_size"],
+        head_activation=config["hidden_act"],
+    )
+
+
+WORDS = "(bert.)embeddings.word_embeddings.weight"
+DECODER = "cls.predictions.decoder.weight"
+
+
+def amend(spec: Masked, checkpoint: Checkpoint) -> Masked:
+    return spec._replace(
+        head=has(checkpoint, "cls.predictions.transform.dense.weight"),
+        tied=is_tied(checkpoint, WORDS, DECODER),
+    )
+
+
+def norm(name: str, path: str) -> Alternatives:
+    """A layer norm, under its present name and under the one of TensorFlow's BERT."""
+    return {
+        f"{name}.weight": same(f"{path}.scale"),
+        f"{name}.bias": same(f"{path}.bias"),
+        f"{name}.gamma": Alias(f"{name}.weight"),
+        f"{name}.beta": Alias(f"{name}.bias"),
+    }
+
+
+def dense(name: str, path: str) -> Alternatives:
+    """A linear layer with its bias."""
+    return {
+        f"{name}.weight": linear(f"{path}.kernel"),
+        f"{name}.bias": vector(f"{path}.bias"),
+    }
+
+
+def body(prefix: str, norms: dict[str, str]) -> Alternatives:
+    """The tensors below the head; `norms` says where the blocks' norms stand."""
+    block, to = prefix + "encoder.layer.{layer}.", "encoder.blocks."
+    attention = to + "attention."
+    table: Alternatives = {
+        f"{prefix}embeddings.word_embeddings.weight": same("embedding"),
+        f"{prefix}embeddings.position_embeddings.weight": same("position_embedding"),
+        f"{prefix}embeddings.token_type_embeddings.weight": same("type_embedding"),
+        f"{prefix}embeddings.position_ids": Ignore("recomputed"),
+        f"{prefix}embeddings.token_type_ids": Ignore("recomputed"),
+        f"{prefix}pooler.{{any}}": Ignore("no hidden state depends on it"),
+        "classifier.{any}": Ignore("a head for another task"),
+        "qa_outputs.{any}": Ignore("a head for another task"),
+        **dense(block + "attention.self.query", attention + "query"),
+        **dense(block + "attention.self.key", attention + "key"),
+        **dense(block + "attention.self.value", attention + "value"),
+        f"{block}attention.output.dense.weight": linear_of_heads(
+            f"{attention}out.kernel"
+        ),
+        f"{block}attention.output.dense.bias": vector(f"{attention}out.bias"),
+        **dense(block + "intermediate.dense", to + "mlp.up"),
+        **dense(block + "output.dense", to + "mlp.down"),
+    }
+    for place, name in norms.items():
+        table |= norm(block + name, to + place)
+    return table
+
+
+NORMS = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
+
+
+def rules(spec: Masked) -> Rules:
+    table = body("(bert.)", NORMS)
+    table |= norm("(bert.)embeddings.LayerNorm", "embedding_norm")
+    table["cls.seq_relationship.{any}"] = Ignore("a head for another task")
+    if spec.head:
+        table |= dense("cls.predictions.transform.dense", "head.dense")
+        table |= norm("cls.predictions.transform.LayerNorm", "head.norm")
+        table |= unembedding(spec, "cls.predictions")
+    return table
+
+
+def unembedding(spec: Masked, name: str) -> Alternatives:
+    """The last product of a head; what is tied is stored twice in old files."""
+    own, inner = f"{name}.bias", f"{name}.decoder.bias"
+    if spec.tied:
+        return {
+            f"{name}.decoder.weight": Ignore("tied: it is the embedding"),
+            own: same("head.bias"),
+            inner: Alias(own),
+        }
+    return {
+        f"{name}.decoder.weight": same("head.unembedding"),
+        inner: same("head.bias"),
+        own: Alias(inner),
+    }
+
+
+FAMILY = Family(Encoder, ATTRIBUTES, FIXED, spec, rules, IGNORED, amend=amend)

@@ -1,0 +1,164 @@
+"""A bidirectional encoder, with the head of a masked language model or without."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from . import layers, model
+from .cache import Taps, untapped
+
+
+class Masked(NamedTuple):
+    """A stack with its embeddings, and the head that fills in masked tokens."""
+
+    stack: layers.Spec
+    vocabulary: int
+    length: int  # positions the model is configured for
+    position_offset: int = 0  # rows of the position table before position 0
+    token_types: int = 0  # rows of the table that tells first and second text apart
+    embedding_norm: bool = True
+    head: bool = True
+    head_activation: str = "gelu"
+    tied: bool = True  # the unembedding is the embedding
+
+
+class Head(nnx.Module):
+    """Of a masked language model: a product, an activation, a norm; then the words."""
+
+    def __init__(self, spec: Masked, rngs: nnx.Rngs):
+        if spec.head_activation not in layers.ACTIVATIONS:
+            raise ValueError(f"activation {spec.head_activation!r} is not handled")
+        self.activation = spec.head_activation
+        width, std = (spec.stack.width,), spec.stack.init_std
+        self.dense = layers.Linear((), width, width, bias=True, std=std, rngs=rngs)
+        self.norm = layers.Norm(spec.stack)
+        own = not spec.tied
+        self.unembedding = (
+            layers.normal(rngs, (spec.vocabulary, *width), std) if own else None
+        )
+        self.bias = nnx.Param(jnp.zeros(spec.vocabulary))
+
+    def __call__(self, x: Array) -> Array:
+        return self.norm(layers.ACTIVATIONS[self.activation](self.dense(x)))
+
+
+class Encoder(model.Model):
+    """An encoder. Its logits are those of the masked-language-model head; where the
+    checkpoint has none, calls return the last hidden state instead, float32.
+
+    `model(tokens, attention_mask, token_type_ids=..., segment_ids=...)`: the types are
+    all 0 where not given; `segment_ids` keeps packed documents apart.
+
+    `resid_post` of a post-norm encoder (BERT, RoBERTa) is the stream *after* the norm
+    that ends the block, so it is what transformers calls a hidden state; of a pre-norm
+    one (XLM-RoBERTa-XL) it is the running sum. `final_norm` is all that lies between
+    it and the product with the unembedding: the final norm of a pre-norm encoder, then
+    the head's product, activation and norm.
+    """
+
+    def __init__(self, spec: Masked, config_json: str, *, rngs: nnx.Rngs):
+        self.spec, self.config_json = spec, config_json
+        stack = spec.stack
+
+        def table(rows: int) -> nnx.Param:
+            return layers.normal(rngs, (rows, stack.width), stack.init_std)
+
+        self.embedding = table(spec.vocabulary)
+        self.position_embedding = table(spec.length + spec.position_offset)
+        self.type_embedding = table(spec.token_types) if spec.token_types else None
+        self.embedding_norm = layers.Norm(stack) if spec.embedding_norm else None
+        self.encoder = layers.Stack(stack, rngs)
+        self.head = Head(spec, rngs) if spec.head else None
+
+    def embed(
+        self,
+        tokens: Array,
+        positions_of_tokens: Array | None = None,
+        tap=untapped,
+        token_type_ids: Array | None = None,
+    ) -> Array:
+        """What enters the first block, `[batch, position, d]`."""
+        where = positions_of_tokens
+        where = jnp.arange(tokens.shape[1])[None] if where is None else where
+        x = tap("hook_embed", self.embedding[...][tokens])
+        if self.type_embedding is not None:
+            types = jnp.zeros_like(tokens) if token_type_ids is None else token_type_ids
+            x = x + tap("hook_token_type_embed", self.type_embedding[...][types])
+        added = self.position_embedding[...][where + self.spec.position_offset]
+        x = x + tap("hook_pos_embed", jnp.broadcast_to(added, x.shape))
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def final_norm(self, hidden: Array) -> Array:
+        """From the residual stream to what the unembedding is multiplied with."""
+        norm = self.encoder.final_norm
+        x = hidden if norm is None else norm(hidden)
+        return x if self.head is None else self.head(x)
+
+    def unembed(self, x: Array) -> Array:
+        """Logits of `x` (after `final_norm`), float32 `[..., vocab]`."""
+        logits = layers.product(
+            "...d,vd->...v",
+            x,
+            self.unembed_matrix.astype(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return logits + self.unembed_bias.astype(jnp.float32)
+
+    @property
+    def unembed_matrix(self) -> Array:
+        """`[vocab, d]`.
+
+        Raises:
+          ValueError: the checkpoint has no head.
+        """
+        if self.head is None:
+            raise ValueError("This encoder was saved without a head: it has no logits.")
+        own = self.head.unembedding
+        return (self.embedding if own is None else own)[...]
+
+    @property
+    def unembed_bias(self) -> Array | None:
+        """`[vocab]`; None where there is no head."""
+        return None if self.head is None else self.head.bias[...]
+
+    @property
+    def logit_softcap(self) -> None:
+        """No encoder has one."""
+        return None
+
+    def check(
+        self,
+        tokens: Array,
+        attention_mask: Array,
+        token_type_ids: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> None:
+        model.check_length(tokens.shape[1], self.spec.length, "tokens")
+        model.check_ids(tokens, self.spec.vocabulary, "tokens")
+        given = {"token_type_ids": token_type_ids, "segment_ids": segment_ids}
+        for name, ids in given.items():
+            if ids is not None and ids.shape != tokens.shape:
+                raise ValueError(
+                    f"`{name}` must have the shape of the tokens, {tokens.shape};"
+                    f" got {ids.shape}."
+                )
+        if token_type_ids is not None:
+            model.check_ids(token_type_ids, self.spec.token_types, "token_type_ids")
+
+    def forward(
+        self,
+        tokens: Array,
+        attention_mask: Array,
+        *,
+        taps: Taps,
+        token_type_ids: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> Array:
+        where = layers.positions_of(attention_mask, segment_ids)
+        x = self.embed(tokens, where, taps, token_type_ids)
+        sight = self.encoder.sight(attention_mask, where, where, segments=segment_ids)
+        x, _ = self.encoder(x, sight, where, taps)
+        x = taps("ln_final.hook_normalized", self.final_norm(x))
+        return self.unembed(x) if self.spec.head else x.astype(jnp.float32)
