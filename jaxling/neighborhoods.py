@@ -182,7 +182,7 @@ class GroupMeans(NamedTuple):
 
     mean: np.ndarray
     std: np.ndarray
-    count: np.ndarray
+    size: np.ndarray
 
 
 def group_means(groups: np.ndarray, values: np.ndarray, size: int) -> GroupMeans:

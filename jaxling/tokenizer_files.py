@@ -156,6 +156,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     while at < len(message):
         key, at = _varint(message, at)
         field, wire = key >> 3, key & 7
+        value: Any
         if wire == 0:
             value, at = _varint(message, at)
         else:

@@ -70,7 +70,7 @@ def writing_systems(
         own[i] = label or stray
     labels = [label or UNKNOWN for label in own]
     if special is not None:
-        for i in np.flatnonzero(special):
+        for i in np.flatnonzero(special).tolist():
             labels[i] = SPECIAL
     return labels
 

@@ -113,7 +113,7 @@ def test_group_means_match_a_loop(rng):
         mine = values[groups == group]
         np.testing.assert_allclose(found.mean[group], mine.mean())
         np.testing.assert_allclose(found.std[group], mine.std(ddof=1))
-    assert np.isnan(found.mean[5]) and found.count[5] == 0
+    assert np.isnan(found.mean[5]) and found.size[5] == 0
 
 
 def test_translations_are_found_in_either_direction():

@@ -10,22 +10,23 @@ import os
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import figure
+from matplotlib import figure, rcsetup
 
 from jaxling.report import colors, fonts, tables
 
 _INK, _SOFT = "#202124", "#6b7785"
-_CYCLE = ("#3b6fb6", "#c0392b", "#2e8b57", "#e0a100", "#7a4fbf", "#17a2b8")
-_CYCLE += ("#d6308c", "#8d5524", "#8bc34a", "#5f6368")
-_STYLE = {
+_CYCLE = ["#3b6fb6", "#c0392b", "#2e8b57", "#e0a100", "#7a4fbf", "#17a2b8"]
+_CYCLE += ["#d6308c", "#8d5524", "#8bc34a", "#5f6368"]
+_STYLE: dict[Any, Any] = {
     "axes.edgecolor": _SOFT,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.labelcolor": _INK,
-    "axes.prop_cycle": matplotlib.cycler(color=_CYCLE),
+    "axes.prop_cycle": rcsetup.cycler(color=_CYCLE),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
