@@ -155,17 +155,22 @@ class Decoder(model.Model):
         """Logits after one more token of each sequence, `[batch, 1]`."""
         return self._continue(tokens, state, jnp.zeros(len(tokens), jnp.int32))
 
-    def _continue(
-        self, tokens: Array, state: "Progress", last: Array
-    ) -> tuple[Array, "Progress"]:
+    def extend(self, tokens: Array, state: "Progress") -> tuple[Array, "Progress"]:
+        """What `unembed` takes at each of some more tokens, `[batch, position, d]`."""
         past, mask, where, start = state
         mine = lax.dynamic_slice_in_dim(where, start, tokens.shape[1], axis=1)
         x = self.embed(tokens, mine)
         sight = self.decoder.sight(mask, mine, where, start=start)
         x, past = self.decoder(x, sight, mine, Taps(), past=past, start=start)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         start = start + tokens.shape[1]
-        return self.unembed(self.final_norm(x)), Progress(past, mask, where, start)
+        return self.final_norm(x), Progress(past, mask, where, start)
+
+    def _continue(
+        self, tokens: Array, state: "Progress", last: Array
+    ) -> tuple[Array, "Progress"]:
+        x, state = self.extend(tokens, state)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        return self.unembed(x), state
 
 
 class Progress(NamedTuple):
