@@ -1,0 +1,259 @@
+"""Packs problems into batches of one static shape, so that one program solves all.
+
+Rows are cut into blocks of equal length and a batch is a list of blocks; how many of
+them hold work is data, not shape. Sizes are chosen per job: padding of blocks is kept
+small, batches large enough to hide dispatch and small enough to stay in cache.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .problems import Problems, Tile, label_dtype
+
+COLUMNS = 64  # of one product, so that no rows x problems array of floats exists
+PROBLEMS = 512  # of one batch: bounds the solver's state
+BATCH_ROWS = 4096  # groups of problems smaller than this share a batch
+BLOCK_ROWS = 512  # a block, its margins and its residuals stay in cache
+PAIRS = 1536  # of rows, whose differences estimate the covariance
+
+
+class Batch(NamedTuple):
+    """One call of the solver: `b` blocks of `r` rows, `t` tiles of `c` columns.
+
+    rows:      `[b, r]` indices into the features.
+    labels:    `[b, c, r]` class, or -1.
+    weights:   `[b, 1 or c, r]` sample weights, or None.
+    tile:      `[b]` the tile of a block.
+    share:     `[b]` 0 where a block is not in the sample that the solver starts on,
+               else the number of blocks' worth of rows it stands for.
+    problem:   `[t, c]` problem (of this batch) of each column; p where there is none.
+    slots:     `[p, s]` the columns, counted through all tiles, of each problem.
+    slot_used: `[p, s]` whether a slot is real.
+    centre:    `[g, q]` rows whose mean is subtracted from the rows of a group.
+    group:     `[b]` the group (connected tiles) of a block.
+    owner:     `[p]` the group of a problem.
+    used:      `[b]` whether a block is real.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray | None
+    tile: np.ndarray
+    share: np.ndarray
+    problem: np.ndarray
+    slots: np.ndarray
+    slot_used: np.ndarray
+    centre: np.ndarray
+    group: np.ndarray
+    owner: np.ndarray
+    used: np.ndarray
+
+
+class Packed(NamedTuple):
+    """Batches, the problem ids each of them holds, and pairs of rows of one tile."""
+
+    batches: list[Batch]
+    ids: list[np.ndarray]
+    pairs: np.ndarray
+
+
+def pack(problems: Problems) -> Packed:
+    """Batches that hold every problem once."""
+    outputs = 1 if problems.classes == 2 else problems.classes
+    groups = [
+        part for whole in _connected(problems) for part in _divide(whole, outputs)
+    ]
+    lengths = np.array([len(t.rows) for tiles, _ in groups for t in tiles])
+    block = _block_rows(lengths)
+    blocks = [sum(-(-len(t.rows) // block) for t in tiles) for tiles, _ in groups]
+    batches: list[list[int]] = []
+    size = 0
+    for g in sorted(range(len(groups)), key=lambda g: -blocks[g]):
+        size += blocks[g]
+        problems_there = sum(len(groups[h][1]) for h in batches[-1]) if batches else 0
+        if (
+            not batches
+            or size * block > BATCH_ROWS
+            or problems_there + len(groups[g][1]) > PROBLEMS
+        ):
+            batches.append([])
+            size = blocks[g]
+        batches[-1].append(g)
+    drawn = [[groups[g] for g in batch] for batch in batches]
+    return Packed(
+        _arrays(drawn, block),
+        [np.concatenate([ids for _, ids in batch]) for batch in drawn],
+        _pairs(problems.tiles),
+    )
+
+
+def same_rows(a: Batch, b: Batch) -> bool:
+    """Whether the blocks of both hold the same rows, centred alike."""
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for name in ("rows", "centre", "group", "used")
+    )
+
+
+def _connected(problems: Problems) -> list[list[Tile]]:
+    """Tiles grouped so that no problem has columns in two groups."""
+    leader = list(range(len(problems.tiles)))
+
+    def find(t: int) -> int:
+        while leader[t] != t:
+            leader[t] = t = leader[leader[t]]
+        return t
+
+    first = np.full(problems.count, -1)
+    for t, tile in enumerate(problems.tiles):
+        for u in np.unique(first[tile.problems]):
+            if u >= 0:
+                leader[find(t)] = find(u)
+        first[tile.problems] = t
+    labels = label_dtype(problems.classes)
+    groups: dict[int, list[Tile]] = {}
+    for t, tile in enumerate(problems.tiles):
+        tile = tile._replace(labels=tile.labels.astype(labels, copy=False))
+        groups.setdefault(find(t), []).append(tile)
+    return list(groups.values())
+
+
+def _divide(tiles: list[Tile], outputs: int) -> list[tuple[list[Tile], np.ndarray]]:
+    """A group of tiles cut by problems until columns and problems fit a batch.
+
+    A problem has `outputs` columns in the product.
+    """
+    ids = np.unique(np.concatenate([tile.problems for tile in tiles]))
+    widest = max(len(tile.problems) for tile in tiles)
+    parts = max(-(-widest * outputs // COLUMNS), -(-len(ids) // PROBLEMS))
+    parts = min(parts, len(ids))
+    if parts == 1:
+        return [(tiles, ids)]
+    divided = []
+    for own in np.array_split(ids, parts):
+        kept = []
+        for tile in tiles:
+            column = np.isin(tile.problems, own)
+            labels = tile.labels[column]
+            row = (labels >= 0).any(axis=0)
+            weights = tile.weights
+            if weights is not None:
+                weights = weights[..., row]
+                weights = weights[column] if weights.ndim == 2 else weights
+            if row.any():
+                kept.append(
+                    Tile(tile.rows[row], tile.problems[column], labels[:, row], weights)
+                )
+        divided.append((kept, own))
+    return divided
+
+
+def _block_rows(lengths: np.ndarray) -> int:
+    """The block length with the least padding, a block counted as 64 rows of work."""
+    longest = int(lengths.max(initial=1))
+    candidates = np.arange(64, max(64, min(BLOCK_ROWS, longest)) + 8, 8)
+    blocks = -(-lengths[:, None] // candidates)
+    return int(candidates[np.argmin((blocks * (candidates + 64)).sum(axis=0))])
+
+
+def _pairs(tiles: tuple[Tile, ...]) -> np.ndarray:
+    """`[2, m]` rows, two of one tile each; every tile by its share of the rows."""
+    rng = np.random.default_rng(0)
+    total = sum(len(tile.rows) for tile in tiles)
+    pairs = []
+    for tile in tiles:
+        r = len(tile.rows)
+        if r:
+            m = -(-min(PAIRS, total) * r // total)
+            one = rng.permutation(r)[:m] if m <= r else rng.integers(r, size=m)
+            other = (one + rng.integers(1, max(r, 2), size=m)) % r
+            pairs.append(tile.rows[np.stack([one, other])])
+    return np.concatenate(pairs, axis=1).astype(np.int32)
+
+
+def _arrays(batches: list[list[tuple[list[Tile], np.ndarray]]], r: int) -> list[Batch]:
+    """The batches' arrays, padded to the shapes that all of them share."""
+    tiles = [[tile for group, _ in batch for tile in group] for batch in batches]
+    b = max(sum(-(-len(t.rows) // r) for t in batch) for batch in tiles)
+    t = max(len(batch) for batch in tiles)
+    c = max(len(tile.problems) for batch in tiles for tile in batch)
+    p = max(sum(len(ids) for _, ids in batch) for batch in batches)
+    g = max(len(batch) for batch in batches)
+    s = max(
+        int(np.bincount(np.concatenate([x.problems for x in group])).max())
+        for batch in batches
+        for group, _ in batch
+    )
+    q = max(64, 512 // max(len(batch) for batch in tiles))
+    weights = [tile.weights for batch in tiles for tile in batch]
+    wide = 1
+    if any(w is not None and w.ndim == 2 for w in weights):
+        wide = c
+    has_weights = any(w is not None for w in weights)
+    made = []
+    for batch in batches:
+        one = Batch(
+            rows=np.zeros((b, r), np.int32),
+            labels=np.full((b, c, r), -1, batch[0][0][0].labels.dtype),
+            weights=np.ones((b, wide, r), np.float32) if has_weights else None,
+            tile=np.zeros(b, np.int32),
+            share=np.zeros(b, np.float32),
+            problem=np.full((t, c), p, np.int32),
+            slots=np.zeros((p, s), np.int32),
+            slot_used=np.zeros((p, s), bool),
+            centre=np.zeros((g, q), np.int32),
+            group=np.zeros(b, np.int32),
+            owner=np.zeros(p, np.int32),
+            used=np.zeros(b, bool),
+        )
+        block = number = offset = 0
+        for h, (group, ids) in enumerate(batch):
+            filled = np.zeros(len(ids), int)
+            rows = np.concatenate([tile.rows for tile in group])
+            one.centre[h] = rows[np.linspace(0, len(rows) - 1, q).astype(int)]
+            one.owner[offset : offset + len(ids)] = h
+            for tile in group:
+                block = _fill(one, tile, block, number, h)
+                own = np.searchsorted(ids, tile.problems)
+                columns = np.arange(len(own))
+                one.problem[number, columns] = offset + own
+                one.slots[offset + own, filled[own]] = number * c + columns
+                one.slot_used[offset + own, filled[own]] = True
+                filled[own] += 1
+                number += 1
+            offset += len(ids)
+        made.append(one)
+    return made
+
+
+def _fill(one: Batch, tile: Tile, block: int, number: int, group: int) -> int:
+    """Writes a tile's blocks from `block` on; returns the next free block.
+
+    Rows are dealt to the blocks in a fixed shuffled order, sorted by label, so that
+    any one block is a fair sample of the tile.
+    """
+    b, r = len(tile.rows), one.rows.shape[1]
+    count = -(-b // r)
+    order = np.arange(b)
+    if count > 1:
+        order = np.random.default_rng(0).permutation(b)
+        order = order[np.argsort(tile.labels[0][order], kind="stable")]
+    place = np.arange(count * r).reshape(r, count).T
+    real = place < b
+    place = order[place % b]
+    at = slice(block, block + count)
+    one.rows[at] = tile.rows[place]
+    columns = len(tile.problems)
+    one.labels[at, :columns] = np.where(
+        real[:, None], tile.labels[:, place].swapaxes(0, 1), -1
+    )
+    if tile.weights is not None:
+        if tile.weights.ndim == 2:
+            one.weights[at, :columns] = tile.weights[:, place].swapaxes(0, 1)
+        else:
+            one.weights[at] = tile.weights[place][:, None]
+    one.tile[at], one.group[at], one.used[at] = number, group, True
+    sample = count if count < 4 else -(-count // 8)
+    one.share[block : block + sample] = b / real[:sample].sum()
+    return block + count

@@ -1,0 +1,232 @@
+"""Many classification problems over shared rows: the data structure and its builders.
+
+A problem says of each row: not mine (-1), or its class (0, 1, ...). Problems that read
+the same rows stand together in a `Tile`, so that one product serves all of them; a
+problem may spread over several tiles (the two classes of a one-vs-one pair).
+Everything here is NumPy on the host: it decides which rows meet which problems, and
+never touches the features.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Tile(NamedTuple):
+    """Rows that some problems share.
+
+    rows:     `[r]` indices into the features.
+    problems: `[c]` the problem each column belongs to.
+    labels:   `[c, r]` class of the row in that problem; -1 where it takes no part.
+    weights:  `[r]` or `[c, r]` sample weights >= 0; None means one.
+    """
+
+    rows: np.ndarray
+    problems: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray | None = None
+
+
+class Problems(NamedTuple):
+    """`count` problems of `classes` classes, as tiles of rows x columns."""
+
+    tiles: tuple[Tile, ...]
+    count: int
+    classes: int = 2
+
+
+def independent(tasks: Sequence[tuple], *, classes: int = 2) -> Problems:
+    """One problem per `(rows, labels)`; each has rows of its own."""
+    tiles = []
+    for p, (rows, labels) in enumerate(tasks):
+        labels = np.asarray(labels).astype(label_dtype(classes))
+        tiles.append(Tile(np.asarray(rows), np.array([p]), labels[None]))
+    return Problems(tuple(tiles), len(tiles), classes)
+
+
+def multinomial(labels, *, classes: int | None = None) -> Problems:
+    """One problem: `labels` `[n]` in 0..classes-1, all at once; -1 is left out."""
+    labels = np.asarray(labels)
+    if classes is None:
+        classes = int(labels.max(initial=-1)) + 1
+    return independent([_labelled(labels)], classes=classes)
+
+
+def one_vs_rest(labels, *, classes: int | None = None) -> Problems:
+    """A problem per class of `labels` `[n]`: the class against all others.
+
+    Rows with label -1 are left out. Problem c is class c.
+    """
+    rows, labels = _labelled(np.asarray(labels))
+    if classes is None:
+        classes = int(labels.max(initial=-1)) + 1
+    columns = labels == np.arange(classes)[:, None]
+    return Problems(
+        (Tile(rows, np.arange(classes), columns.astype(np.int8)),), classes
+    )
+
+
+def one_vs_one(labels, *, keep=None) -> Problems:
+    """A problem per pair of classes a < b: 0 is class a, 1 is class b.
+
+    `keep` `[s, n]` makes s draws: in draw s only its rows take part (seeds of a
+    balanced subsample). Problems are ordered by draw, then by pair, pairs as in
+    `numpy.triu_indices(classes, 1)`. Rows with label -1 are left out.
+    """
+    labels = np.asarray(labels)
+    classes = int(labels.max(initial=-1)) + 1
+    if keep is None:
+        keep = np.ones((1, len(labels)), bool)
+    keep = np.asarray(keep, bool)
+    first, second = np.triu_indices(classes, 1)
+    tiles = []
+    for c in range(classes):
+        rows = np.flatnonzero((labels == c) & keep.any(axis=0))
+        pairs = np.flatnonzero((first == c) | (second == c))
+        side = (second[pairs] == c).astype(np.int8)
+        own = np.where(keep[:, None, rows], side[None, :, None], -1).astype(np.int8)
+        problems = np.arange(len(keep))[:, None] * len(first) + pairs
+        if len(rows) and len(pairs):
+            tiles.append(Tile(rows, problems.ravel(), own.reshape(-1, len(rows))))
+    return Problems(tuple(tiles), len(keep) * len(first))
+
+
+def leave_folds_out(problems: Problems, folds, count: int | None = None) -> Problems:
+    """Each problem becomes `count` problems, the f-th without the rows of fold f.
+
+    `folds` is `[n]`, the fold of each row of the features, or one `[r]` array per tile
+    (problems whose rows are drawn and folded on their own). Fold -1 is in every
+    training set. Problem p without fold f is number `p * count + f`.
+    """
+    if isinstance(folds, np.ndarray) and folds.ndim == 1:
+        folds = [folds[tile.rows] for tile in problems.tiles]
+    folds = [np.asarray(fold) for fold in folds]
+    if count is None:
+        count = 1 + max((int(fold.max(initial=-1)) for fold in folds), default=0)
+    each = np.arange(count)
+    tiles = []
+    for tile, fold in zip(problems.tiles, folds):
+        left = fold == each[:, None]
+        labels = np.where(left[None], -1, tile.labels[:, None]).astype(
+            tile.labels.dtype
+        )
+        weights = tile.weights
+        if weights is not None and weights.ndim == 2:
+            weights = np.repeat(weights, count, axis=0)
+        tiles.append(
+            Tile(
+                tile.rows,
+                (tile.problems[:, None] * count + each).ravel(),
+                labels.reshape(-1, len(tile.rows)),
+                weights,
+            )
+        )
+    return Problems(tuple(tiles), problems.count * count, problems.classes)
+
+
+def repeated(problems: Problems, times: int) -> Problems:
+    """The same problems `times` over, sharing rows: one copy per penalty, say.
+
+    Copy t of problem p is number `t * count + p`.
+    """
+    shift = np.arange(times)[:, None] * problems.count
+    tiles = []
+    for tile in problems.tiles:
+        weights = tile.weights
+        if weights is not None and weights.ndim == 2:
+            weights = np.tile(weights, (times, 1))
+        tiles.append(
+            Tile(
+                tile.rows,
+                (shift + tile.problems).ravel(),
+                np.tile(tile.labels, (times, 1)),
+                weights,
+            )
+        )
+    return Problems(tuple(tiles), problems.count * times, problems.classes)
+
+
+def concatenated(parts: Sequence[Problems]) -> Problems:
+    """Several sets of problems as one; numbers continue from part to part.
+
+    Raises:
+      ValueError: the parts differ in their number of classes.
+    """
+    counts = {part.classes for part in parts}
+    if len(counts) > 1:
+        raise ValueError(f"`parts` must agree in their classes; got {sorted(counts)}.")
+    tiles, count = [], 0
+    for part in parts:
+        tiles += [t._replace(problems=t.problems + count) for t in part.tiles]
+        count += part.count
+    return Problems(tuple(tiles), count, counts.pop() if counts else 2)
+
+
+def weighted(problems: Problems, sample_weight) -> Problems:
+    """The same problems with weight `sample_weight[i]` (`[n]`) on row i."""
+    sample_weight = np.asarray(sample_weight, np.float64)
+    return problems._replace(
+        tiles=tuple(
+            tile._replace(weights=sample_weight[tile.rows]) for tile in problems.tiles
+        )
+    )
+
+
+def _labelled(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows = np.flatnonzero(labels >= 0)
+    return rows, labels[rows]
+
+
+def label_dtype(classes: int) -> type:
+    """The integers that hold the labels of that many classes."""
+    return np.int8 if classes <= 127 else np.int32
+
+
+def check(problems: Problems, n: int) -> None:
+    """Raises ValueError, naming the tile and the value, if a rule is broken."""
+    if problems.classes < 2:
+        raise ValueError(f"`problems.classes` must be at least 2; got {problems.classes}.")
+    seen = np.zeros((problems.count, problems.classes), bool)
+    for t, (rows, columns, labels, weights) in enumerate(problems.tiles):
+        where = f"tile {t} of `problems`"
+        if labels.shape != (len(columns), len(rows)):
+            raise ValueError(
+                f"`labels` of {where} must be [columns, rows] ="
+                f" {(len(columns), len(rows))}; got {labels.shape}."
+            )
+        for name, values, low, high in (
+            ("rows", rows, 0, n - 1),
+            ("problems", columns, 0, problems.count - 1),
+            ("labels", labels, -1, problems.classes - 1),
+        ):
+            if not np.issubdtype(values.dtype, np.integer):
+                raise ValueError(
+                    f"`{name}` of {where} must be integers; got {values.dtype}."
+                )
+            if values.size and not (low <= values.min() and values.max() <= high):
+                raise ValueError(
+                    f"`{name}` of {where} must be in [{low}, {high}];"
+                    f" got {values.min()}..{values.max()}."
+                )
+        if len(np.unique(columns)) < len(columns):
+            raise ValueError(f"`problems` of {where} must name each problem once.")
+        used = labels >= 0
+        if weights is not None:
+            if weights.shape not in ((len(rows),), labels.shape):
+                raise ValueError(
+                    f"`weights` of {where} must be [rows] or [columns, rows];"
+                    f" got {weights.shape}."
+                )
+            if not (np.isfinite(weights).all() and (weights >= 0).all()):
+                raise ValueError(f"`weights` of {where} must be finite and >= 0.")
+            used = used & (weights > 0)
+        for k in range(problems.classes):
+            seen[columns, k] |= ((labels == k) & used).any(axis=1)
+    short = np.flatnonzero(~seen.all(axis=1))
+    if len(short):
+        p = short[0]
+        raise ValueError(
+            f"Every problem needs a row of each class; problem {p} has none of class"
+            f" {np.flatnonzero(~seen[p])[0]} ({len(short)} such problems)."
+        )
