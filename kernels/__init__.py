@@ -28,8 +28,18 @@ else:
     from .alignment import rcsls as rcsls
     from .alignment import rcsls_loss as rcsls_loss
     from .alignment import ridge_map as ridge_map
+    from .classification import Scores as Scores
+    from .classification import accuracy as accuracy
+    from .classification import auc as auc
+    from .classification import balanced_accuracy as balanced_accuracy
+    from .classification import decision as decision
+    from .classification import evaluate as evaluate
+    from .classification import f1 as f1
+    from .classification import predict as predict
     from .cross_entropy import CrossEntropy as CrossEntropy
     from .cross_entropy import cross_entropy as cross_entropy
+    from .logistic import LogisticFit as LogisticFit
+    from .logistic import fit_logistic as fit_logistic
     from .neighbors import Neighbors as Neighbors
     from .neighbors import all_pairs_neighbors as all_pairs_neighbors
     from .neighbors import csls_neighbors as csls_neighbors
@@ -37,6 +47,17 @@ else:
     from .neighbors import merge_neighbors as merge_neighbors
     from .neighbors import mutual_neighbors as mutual_neighbors
     from .neighbors import nearest_neighbors as nearest_neighbors
+    from .problems import Problems as Problems
+    from .problems import Tile as Tile
+    from .problems import concatenated as concatenated
+    from .problems import independent as independent
+    from .problems import leave_folds_out as leave_folds_out
+    from .problems import multinomial as multinomial
+    from .problems import one_vs_one as one_vs_one
+    from .problems import one_vs_rest as one_vs_rest
+    from .problems import only_folds as only_folds
+    from .problems import repeated as repeated
+    from .problems import weighted as weighted
     from .projection import Projection as Projection
     from .projection import project_layers as project_layers
     from .reduce import Largest as Largest
@@ -51,6 +72,8 @@ else:
     from .reduce import merge_scores as merge_scores
     from .reduce import moments as moments
     from .reduce import reduce_scores as reduce_scores
+    from .ridge import RidgePath as RidgePath
+    from .ridge import ridge_path as ridge_path
     from .subspaces import cka_grid as cka_grid
     from .subspaces import debiased_linear_cka as debiased_linear_cka
     from .subspaces import econd_hm as econd_hm

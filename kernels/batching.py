@@ -107,7 +107,7 @@ def _connected(problems: Problems) -> list[list[Tile]]:
 
     first = np.full(problems.count, -1)
     for t, tile in enumerate(problems.tiles):
-        for u in np.unique(first[tile.problems]):
+        for u in np.unique(first[tile.problems]).tolist():
             if u >= 0:
                 leader[find(t)] = find(u)
         first[tile.problems] = t

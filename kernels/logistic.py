@@ -302,7 +302,9 @@ def _basis(x: Float[Array, "*l n d"], pairs: Int[Array, "2 m"], dtype) -> _Basis
         rest = jnp.trace(covariance) - jnp.sum(variances)
         tail = jnp.maximum(rest, 0) / (d - RANK)
     padded = jnp.pad(directions, ((0, _padded(d) - d), (0, 0)))
-    return _Basis(padded, jnp.maximum(variances, 0), tail)
+    # A direction without variance is not one along which a step may be unbounded.
+    floor = 1e-6 * variances[-1]
+    return _Basis(padded, jnp.maximum(variances, floor), jnp.maximum(tail, floor))
 
 
 def _padded(d: int) -> int:
@@ -403,19 +405,26 @@ def _dot(a: Float[Array, "p k D"], b: Float[Array, "p k D"]) -> Float[Array, " p
 
 
 def _losses(margins, labels, weights):
-    """Loss `[c, r]`, and its derivative and probabilities `[c, k, r]` by margin."""
+    """Loss `[c, r]`, and its derivative and probabilities `[c, k, r]` by margin.
+
+    Of a row that is well classified the small numbers are kept: the probability of
+    the wrong classes, never one less that of the right one.
+    """
     if margins.shape[1] == 1:
-        m, y = margins[:, 0], labels.astype(margins.dtype)
-        small = jnp.exp(-jnp.abs(m))
-        p = jnp.where(m >= 0, 1, small) / (1 + small)
-        loss = jnp.maximum(m, 0) - y * m + jnp.log1p(small)
-        p, y = p[:, None], y[:, None]
+        sign = 2 * labels[:, None].astype(margins.dtype) - 1
+        right = sign * margins
+        small = jnp.exp(-jnp.abs(right))
+        p = jnp.where(right >= 0, small, 1) / (1 + small)  # of the wrong class
+        loss = jnp.maximum(-right, 0) + jnp.log1p(small)
+        loss, residual = loss[:, 0], -sign * p
     else:
         p = jax.nn.softmax(margins, axis=1)
         y = jax.nn.one_hot(labels, margins.shape[1], axis=1, dtype=margins.dtype)
-        loss = jax.nn.logsumexp(margins, axis=1) - jnp.sum(y * margins, axis=1)
-    residual = weights[:, None] * (p - y)
-    return weights * loss, *lax.optimization_barrier((residual, p))
+        wrong = jnp.sum(p * (1 - y), axis=1)
+        far = jax.nn.logsumexp(margins, axis=1) - jnp.sum(y * margins, axis=1)
+        loss = jnp.where(wrong < 0.5, -jnp.log1p(-jnp.minimum(wrong, 0.5)), far)
+        residual = jnp.where(y > 0, -wrong[:, None], p)
+    return weights * loss, *lax.optimization_barrier((weights[:, None] * residual, p))
 
 
 def _curve(residual, p, weights, steps):
@@ -441,7 +450,6 @@ def _iterate(
     s: _State,
 ) -> _State:
     """One step of every active problem."""
-    p = len(l2)
     penalised = s.w.at[..., d].set(0)
     live = jnp.append(s.active, False)[batch.problem].any(axis=1)[batch.tile]
     live = live & batch.used & ((batch.share > 0) | ~s.sampling)
@@ -544,7 +552,9 @@ def _iterate(
 
     # A step is kept if it ends before the minimum along it, or does not climb.
     noise = 32 * jnp.finfo(w.dtype).eps * jnp.abs(s.objective)
-    kept = (length * _dot(gradient, direction) <= 0) | (objective <= s.objective + noise)
+    kept = (length * _dot(gradient, direction) <= 0) | (
+        objective <= s.objective + noise
+    )
     kept = (kept & jnp.isfinite(objective)) | s.restart
     moved = s.active & kept
     change = gradient - s.gradient
@@ -565,7 +575,7 @@ def _iterate(
     gap = jnp.where(moved, _gap(gradient, curvature, l2, stored.reach, d), s.gap)
 
     wanted = jnp.where(s.sampling, SAMPLE_GAP, tolerance)
-    better = gap < s.best
+    better = (gap < s.best) | (objective < (1 - 1e-5) * s.objective)
     patience = jnp.where(better, PATIENCE, s.patience - 1)
     iterations = s.iterations + s.active
     active = s.active & (gap > wanted * objective) & (patience > 0)

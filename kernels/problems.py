@@ -62,9 +62,7 @@ def one_vs_rest(labels, *, classes: int | None = None) -> Problems:
     if classes is None:
         classes = int(labels.max(initial=-1)) + 1
     columns = labels == np.arange(classes)[:, None]
-    return Problems(
-        (Tile(rows, np.arange(classes), columns.astype(np.int8)),), classes
-    )
+    return Problems((Tile(rows, np.arange(classes), columns.astype(np.int8)),), classes)
 
 
 def one_vs_one(labels, *, keep=None) -> Problems:
@@ -99,30 +97,7 @@ def leave_folds_out(problems: Problems, folds, count: int | None = None) -> Prob
     (problems whose rows are drawn and folded on their own). Fold -1 is in every
     training set. Problem p without fold f is number `p * count + f`.
     """
-    if isinstance(folds, np.ndarray) and folds.ndim == 1:
-        folds = [folds[tile.rows] for tile in problems.tiles]
-    folds = [np.asarray(fold) for fold in folds]
-    if count is None:
-        count = 1 + max((int(fold.max(initial=-1)) for fold in folds), default=0)
-    each = np.arange(count)
-    tiles = []
-    for tile, fold in zip(problems.tiles, folds):
-        left = fold == each[:, None]
-        labels = np.where(left[None], -1, tile.labels[:, None]).astype(
-            tile.labels.dtype
-        )
-        weights = tile.weights
-        if weights is not None and weights.ndim == 2:
-            weights = np.repeat(weights, count, axis=0)
-        tiles.append(
-            Tile(
-                tile.rows,
-                (tile.problems[:, None] * count + each).ravel(),
-                labels.reshape(-1, len(tile.rows)),
-                weights,
-            )
-        )
-    return Problems(tuple(tiles), problems.count * count, problems.classes)
+    return _folded(problems, folds, count, held_out=False)
 
 
 def repeated(problems: Problems, times: int) -> Problems:
@@ -173,6 +148,33 @@ def weighted(problems: Problems, sample_weight) -> Problems:
     )
 
 
+def _folded(problems: Problems, folds, count, *, held_out: bool) -> Problems:
+    if isinstance(folds, np.ndarray) and folds.ndim == 1:
+        folds = [folds[tile.rows] for tile in problems.tiles]
+    folds = [np.asarray(fold) for fold in folds]
+    if count is None:
+        count = 1 + max((int(fold.max(initial=-1)) for fold in folds), default=0)
+    each = np.arange(count)
+    tiles = []
+    for tile, fold in zip(problems.tiles, folds):
+        dropped = (fold == each[:, None]) ^ held_out
+        labels = np.where(dropped[None], -1, tile.labels[:, None]).astype(
+            tile.labels.dtype
+        )
+        weights = tile.weights
+        if weights is not None and weights.ndim == 2:
+            weights = np.repeat(weights, count, axis=0)
+        tiles.append(
+            Tile(
+                tile.rows,
+                (tile.problems[:, None] * count + each).ravel(),
+                labels.reshape(-1, len(tile.rows)),
+                weights,
+            )
+        )
+    return Problems(tuple(tiles), problems.count * count, problems.classes)
+
+
 def _labelled(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = np.flatnonzero(labels >= 0)
     return rows, labels[rows]
@@ -183,10 +185,32 @@ def label_dtype(classes: int) -> type:
     return np.int8 if classes <= 127 else np.int32
 
 
+def only_folds(problems: Problems, folds, count: int | None = None) -> Problems:
+    """The other side of `leave_folds_out`: problem p * count + f has fold f alone."""
+    return _folded(problems, folds, count, held_out=True)
+
+
 def check(problems: Problems, n: int) -> None:
-    """Raises ValueError, naming the tile and the value, if a rule is broken."""
+    """`check_labels`, and that every problem has a row of each class."""
+    short = np.flatnonzero(~(seen := check_labels(problems, n)).all(axis=1))
+    if len(short):
+        p = short[0]
+        raise ValueError(
+            f"Every problem needs a row of each class; problem {p} has none of class"
+            f" {np.flatnonzero(~seen[p])[0]} ({len(short)} such problems)."
+        )
+
+
+def check_labels(problems: Problems, n: int) -> np.ndarray:
+    """Which classes each problem has rows of, `[p, classes]`.
+
+    Raises:
+      ValueError: a tile breaks a rule; names the tile and the value.
+    """
     if problems.classes < 2:
-        raise ValueError(f"`problems.classes` must be at least 2; got {problems.classes}.")
+        raise ValueError(
+            f"`problems.classes` must be at least 2; got {problems.classes}."
+        )
     seen = np.zeros((problems.count, problems.classes), bool)
     for t, (rows, columns, labels, weights) in enumerate(problems.tiles):
         where = f"tile {t} of `problems`"
@@ -223,10 +247,4 @@ def check(problems: Problems, n: int) -> None:
             used = used & (weights > 0)
         for k in range(problems.classes):
             seen[columns, k] |= ((labels == k) & used).any(axis=1)
-    short = np.flatnonzero(~seen.all(axis=1))
-    if len(short):
-        p = short[0]
-        raise ValueError(
-            f"Every problem needs a row of each class; problem {p} has none of class"
-            f" {np.flatnonzero(~seen[p])[0]} ({len(short)} such problems)."
-        )
+    return seen

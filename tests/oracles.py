@@ -46,3 +46,16 @@ def csls(queries, keys, neighborhood):
     r_x = np.sort(cos, axis=1)[:, ::-1][:, :neighborhood].mean(axis=1, keepdims=True)
     r_y = np.sort(cos, axis=0)[::-1][:neighborhood].mean(axis=0, keepdims=True)
     return 2 * cos - r_x - r_y
+
+
+def logistic_objective(x, labels, weights, intercepts, l2, sample_weight=1.0):
+    """Penalised loss of one problem: binary (`weights` `[d]`) or multinomial."""
+    x, weights = np.asarray(x, np.float64), np.asarray(weights, np.float64)
+    margins = x @ weights.T + np.asarray(intercepts, np.float64)
+    if weights.ndim == 1:
+        loss = np.logaddexp(0, np.where(np.asarray(labels) == 1, -margins, margins))
+    else:
+        top = margins.max(axis=1, keepdims=True)
+        loss = np.log(np.exp(margins - top).sum(axis=1)) + top[:, 0]
+        loss -= margins[np.arange(len(labels)), labels]
+    return (sample_weight * loss).sum() + 0.5 * l2 * np.square(weights).sum()

@@ -1,0 +1,305 @@
+"""Logistic problems against scikit-learn, and the certificate against the truth."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from jaxling import kernels
+from jaxling.kernels import batching, logistic
+
+
+def columns(problems):
+    """Rows, labels and weights of each problem, gathered from its columns."""
+    parts = [[] for _ in range(problems.count)]
+    for tile in problems.tiles:
+        for c, p in enumerate(tile.problems):
+            used = tile.labels[c] >= 0
+            weights = np.ones(len(tile.rows)) if tile.weights is None else tile.weights
+            weights = weights if weights.ndim == 1 else weights[c]
+            parts[p].append((tile.rows[used], tile.labels[c][used], weights[used]))
+    return [tuple(np.concatenate(side) for side in zip(*part)) for part in parts]
+
+
+@functools.cache
+def reference(x, y, w, shape, l2):
+    x = np.frombuffer(x).reshape(shape)
+    y, w = np.frombuffer(y, np.int64), np.frombuffer(w)
+    model = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=5000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # float64 cannot always reach 1e-10
+        model.fit(x, y, sample_weight=w)
+    return model
+
+
+def compare(x, problems, l2, fit):
+    """Per problem: our objective / scikit-learn's - 1, and the largest weight gap."""
+    l2 = np.broadcast_to(l2, problems.count)
+    excess, apart, best = [], [], []
+    for p, (rows, labels, weights) in enumerate(columns(problems)):
+        own = np.asarray(x, np.float64)[rows]
+        labels = labels.astype(np.int64)
+        model = reference(
+            own.tobytes(), labels.tobytes(), weights.tobytes(), own.shape, l2[p]
+        )
+        binary = problems.classes == 2
+        theirs = (
+            (model.coef_[0], model.intercept_[0])
+            if binary
+            else (
+                model.coef_,
+                model.intercept_,
+            )
+        )
+        objective = functools.partial(
+            oracles.logistic_objective, own, labels, l2=l2[p], sample_weight=weights
+        )
+        target = objective(*theirs)
+        excess.append(objective(fit.weights[p], fit.intercepts[p]) / target - 1)
+        apart.append(np.abs(np.asarray(fit.weights[p]) - theirs[0]).max())
+        best.append(target)
+    return np.array(excess), np.array(apart), np.array(best)
+
+
+def clusters(rng, n, d, classes, spread=1.0):
+    labels = np.sort(rng.integers(classes, size=n))
+    labels[:classes] = np.arange(classes)
+    x = rng.normal(size=(classes, d))[labels] + spread * rng.normal(size=(n, d))
+    return x.astype(np.float32), labels
+
+
+def test_every_kind_of_problem_reaches_scikit_learn(rng):
+    x, labels = clusters(rng, 173, 9, 4)
+    rest = kernels.one_vs_rest(labels)
+    keep = rng.random((2, 173)) < 0.7
+    problems = kernels.concatenated(
+        [
+            rest,
+            kernels.leave_folds_out(rest, np.arange(173) % 3),
+            kernels.one_vs_one(labels, keep=keep),
+            kernels.weighted(rest, rng.random(173) * 3),
+            kernels.repeated(rest, 5),
+        ]
+    )
+    l2 = np.ones(problems.count)
+    l2[-20:] = np.repeat([1e-3, 0.1, 10, 1e3, 1e5], 4)
+    fit = kernels.fit_logistic(x, problems, l2=l2)
+    excess, apart, best = compare(x, problems, l2, fit)
+    assert np.asarray(fit.converged).all()
+    assert excess.max() <= 1e-6
+    assert apart[l2 >= 1].max() <= 1e-3
+    # Objectives are float32 sums of some hundred losses.
+    np.testing.assert_allclose(fit.objective, best, rtol=1e-5)
+    assert (np.asarray(fit.gap) >= excess * best - 1e-6 * best).all()
+    assert (np.asarray(fit.gap) <= 5e-7 * np.asarray(fit.objective)).all()
+
+
+def test_shuffled_problems_give_shuffled_results(rng):
+    x, labels = clusters(rng, 173, 9, 4)
+    problems = kernels.one_vs_one(labels)
+    order = rng.permutation(problems.count)
+    place = np.argsort(order)
+    shuffled = problems._replace(
+        tiles=tuple(t._replace(problems=place[t.problems]) for t in problems.tiles)
+    )
+    fit = kernels.fit_logistic(x, problems)
+    moved = kernels.fit_logistic(x, shuffled)
+    # Two solutions within the tolerance of one optimum.
+    np.testing.assert_allclose(moved.weights, fit.weights[order], atol=2e-3)
+    np.testing.assert_allclose(moved.objective, fit.objective[order], rtol=2e-6)
+
+
+def hard_features(rng):
+    """Constant, duplicated, collinear and badly scaled columns; a large offset."""
+    x = rng.normal(size=(60, 8))
+    x[:, 1] = 3.0
+    x[:, 2] = x[:, 0]
+    x[:, 3] = x[:, 0] - 2 * x[:, 4]
+    x[:, 5] *= 1e-3
+    x[:, 6] *= 30
+    x[:, 7] += 100
+    return np.concatenate([x, x[:7], x[:7]]).astype(np.float32)
+
+
+def test_hard_geometry_is_solved_or_owned_up_to(rng):
+    x = hard_features(rng)
+    n = len(x)
+    separable = (x[:, 0] > 0).astype(int)
+    lonely = (np.arange(n) == 5).astype(int)
+    random = rng.integers(2, size=n)
+    tasks = [(np.arange(n), own) for own in (separable, lonely, random)]
+    tasks.append((np.arange(2), np.array([0, 1])))
+    problems = kernels.repeated(kernels.independent(tasks), 4)
+    l2 = np.repeat([1e-6, 1e-2, 1.0, 1e6], 4)
+    fit = kernels.fit_logistic(x, problems, l2=l2)
+    excess, _, best = compare(x, problems, l2, fit)
+    gap = np.asarray(fit.gap)
+    assert (excess[np.asarray(fit.converged)] <= 1e-6).all()
+    assert np.asarray(fit.converged)[l2 >= 1e-2].all()
+    assert (gap >= excess * best - 3e-6 * best).all()
+    assert np.isfinite(np.asarray(fit.weights)).all()
+
+
+def test_more_classes_at_once_reach_scikit_learn(rng):
+    x, labels = clusters(rng, 150, 6, 5)
+    whole = kernels.multinomial(labels)
+    problems = kernels.concatenated(
+        [kernels.leave_folds_out(whole, np.arange(150) % 3), kernels.repeated(whole, 2)]
+    )
+    l2 = np.array([1.0, 1.0, 1.0, 0.05, 20.0])
+    fit = kernels.fit_logistic(x, problems, l2=l2)
+    assert fit.weights.shape == (5, 5, 6) and fit.intercepts.shape == (5, 5)
+    excess, apart, best = compare(x, problems, l2, fit)
+    assert np.asarray(fit.converged).all()
+    assert excess.max() <= 1e-6
+    assert apart[l2 >= 1].max() <= 1e-3
+    assert (np.asarray(fit.gap) >= (excess - 1e-6) * best).all()
+
+
+def test_fewer_rows_than_features_and_layers(rng):
+    x, labels = clusters(rng, 40, 70, 2)
+    rows = np.flatnonzero(np.arange(40) % 4)
+    problems = kernels.independent([(rows, labels[rows])])
+    layers = np.stack([x, x[:, ::-1] * 0.5])
+    fit = kernels.fit_logistic(layers, problems, l2=0.3)
+    assert fit.weights.shape == (2, 1, 70)
+    for layer in range(2):
+        part = jax.tree.map(lambda a, layer=layer: a[layer], fit)
+        excess, apart, _ = compare(layers[layer], problems, 0.3, part)
+        assert excess.max() <= 1e-6 and apart.max() <= 1e-3
+    single = kernels.fit_logistic(x, problems, l2=0.3)
+    np.testing.assert_array_equal(single.weights, fit.weights[0])
+
+
+def test_large_tiles_are_sampled_first_and_solved_whole(rng, monkeypatch):
+    monkeypatch.setattr(batching, "BLOCK_ROWS", 64)
+    x, labels = clusters(rng, 1500, 9, 3, spread=2.0)
+    problems = kernels.leave_folds_out(kernels.one_vs_rest(labels), np.arange(1500) % 5)
+    packed = batching.pack(problems)
+    assert (packed.batches[0].share > 1).any()
+    fit = kernels.fit_logistic(x, problems)
+    excess, apart, _ = compare(x, problems, 1.0, fit)
+    assert excess.max() <= 1e-6 and apart.max() <= 1e-3
+    warm = kernels.fit_logistic(x, problems, start=(fit.weights, fit.intercepts))
+    assert np.asarray(warm.iterations).max() <= 2
+    few = kernels.fit_logistic(x, problems, max_iterations=2)
+    assert not np.asarray(few.converged).any()
+    assert (np.asarray(few.gap) > np.asarray(fit.gap)).all()
+
+
+def test_float64_where_it_is_enabled(rng):
+    try:
+        from jax.experimental import enable_x64 as enable
+    except ImportError:
+        enable = jax.enable_x64
+    x, labels = clusters(rng, 80, 5, 2)
+    problems = kernels.one_vs_one(labels)
+    with enable(True):
+        fit = kernels.fit_logistic(np.float64(x), problems, tolerance=1e-13)
+        assert fit.weights.dtype == np.float64
+        assert bool(fit.converged.all())
+        excess, apart, _ = compare(x, problems, 1.0, fit)
+    assert abs(excess).max() <= 1e-12 and apart.max() <= 1e-6
+
+
+def test_a_job_is_one_trace_and_batches_hold_every_problem(rng):
+    x, labels = clusters(rng, 700, 7, 6)
+    tasks = []
+    for c in range(6):
+        own = np.flatnonzero(labels == c)
+        rest = rng.permutation(np.flatnonzero(labels != c))[: len(own) // (c + 1)]
+        rows = np.concatenate([own, rest])
+        tasks.append((rows, (labels[rows] == c).astype(int)))
+    folds = [np.arange(len(rows)) % 4 for rows, _ in tasks]
+    problems = kernels.leave_folds_out(kernels.independent(tasks), folds)
+    packed = batching.pack(problems)
+    assert sorted(np.concatenate(packed.ids)) == list(range(24))
+    before = logistic._solve._cache_size()
+    kernels.fit_logistic(x, problems)
+    kernels.fit_logistic(np.stack([x, x]), problems)
+    # The second call differs in the shape of `x`: one trace each.
+    assert logistic._solve._cache_size() - before == 2
+
+
+def test_no_rows_by_problems_array(rng):
+    n, d, classes = 4000, 16, 160
+    problems = kernels.one_vs_rest(np.arange(n) % classes)
+    packed = batching.pack(problems)
+    batch = packed.batches[0]
+    assert batch.labels.shape[1] <= batching.COLUMNS
+    p, dtype = len(batch.owner), np.dtype("float32")
+    spec = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    b, r = batch.rows.shape
+    rows = logistic._Rows(spec((b, r, logistic._padded(d))), spec(()))
+    basis = jax.eval_shape(
+        lambda x: logistic._basis(x, packed.pairs, dtype), spec((n, d))
+    )
+    lowered = logistic._solve.lower(
+        rows, spec((n, d)), 0, batch, basis, spec((p,)),
+        np.ones(p, bool), None, b, 5e-7, 500, outputs=1,
+    )  # fmt: skip
+    memory = lowered.compile().memory_analysis()
+    # Margins and steps, what they become and the zeros they start from: arrays of
+    # rows x the columns of one batch, a third of the problems here.
+    assert memory.temp_size_in_bytes < 7 * n * batch.labels.shape[1] * 4
+
+
+def test_builders(rng):
+    labels = np.array([2, 0, 1, 1, 0, -1, 2])
+    pairs = kernels.one_vs_one(labels)
+    found = {p: (set(rows), dict(zip(rows, own)))
+             for p, (rows, own, _) in enumerate(columns(pairs))}  # fmt: skip
+    assert found[0][0] == {1, 4, 2, 3} and found[0][1][2] == 1 and found[0][1][1] == 0
+    assert found[2][0] == {2, 3, 0, 6} and found[2][1][6] == 1
+    rest = kernels.one_vs_rest(labels)
+    assert rest.count == 3 and 5 not in rest.tiles[0].rows
+    folded = kernels.leave_folds_out(rest, np.array([0, 1, 0, 1, 0, 1, 1]))
+    rows, own, _ = columns(folded)[2 * 2 + 1]
+    assert set(rows) == {0, 2, 4} and dict(zip(rows, own))[0] == 1
+    heavy = kernels.weighted(kernels.repeated(rest, 2), np.arange(7.0))
+    rows, _, weights = columns(heavy)[4]
+    np.testing.assert_array_equal(rows, weights)
+
+
+def test_traced_features(rng):
+    x, labels = clusters(rng, 173, 9, 4)
+    problems = kernels.one_vs_one(labels)
+    traced = jax.jit(lambda x: kernels.fit_logistic(x, problems).objective)(x)
+    fit = kernels.fit_logistic(x, problems)
+    np.testing.assert_allclose(traced, fit.objective, rtol=2e-6)
+
+
+def test_what_is_wrong_is_named(rng):
+    x, labels = clusters(rng, 20, 3, 2)
+    problems = kernels.one_vs_one(labels)
+    tile = problems.tiles[0]
+
+    def refused(match, x=x, problems=problems, **knobs):
+        with pytest.raises(ValueError, match=match):
+            kernels.fit_logistic(x, problems, **knobs)
+
+    bad = x.copy()
+    bad[7, 1] = np.nan
+    refused("row 7 ", x=bad)
+    refused(r"\[n, d\]", x=x[0])
+    refused("floating", x=np.arange(6).reshape(3, 2))
+    refused("`l2`", l2=0.0)
+    refused("`tolerance`", tolerance=0.0)
+    refused("`start`", start=(np.zeros(4), np.zeros(1)))
+    refused("row of each class", problems=problems._replace(tiles=(tile,)))
+    for name, value, match in (
+        ("rows", tile.rows + 19, "`rows` of tile 0"),
+        ("labels", tile.labels + 2, "`labels` of tile 0"),
+        ("labels", tile.labels[:, 1:], "columns, rows"),
+        ("problems", tile.problems + 1, "`problems` of tile 0"),
+        ("weights", np.ones(3), "`weights` of tile 0"),
+    ):
+        wrong = (tile._replace(**{name: value}), *problems.tiles[1:])
+        refused(match, problems=problems._replace(tiles=wrong))
+    huge = jnp.asarray(x) * 1e30
+    assert not np.asarray(kernels.fit_logistic(huge, problems).converged).all()
