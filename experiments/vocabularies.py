@@ -5,8 +5,9 @@
 Default: the built-in models `demo` and `demo-small` compared, and a map of the input
 embedding of `demo`, coloured by writing system.
 
-Expect: in the paper, 60.4% mean overlap of six vocabularies and 59.4% of the tokens
-shared by mT5 and XLM-R not Latin.
+Expect: all 12,288 tokens shared, 62.5% of them not Latin (the built-in models have one
+tokenizer). In the paper: 60.4% mean overlap of six vocabularies; 59.4% of the tokens
+that mT5 and XLM-R share are not Latin.
 
 Figures 1 and 2 of Hyperpolyglot LLMs (Wen-Yi and Mimno, 2023,
 https://arxiv.org/abs/2311.18034). Overlap is |A and B| / min(|A|, |B|) by exact
@@ -129,7 +130,7 @@ def _map(workdir, words: vocabulary.Vocabulary, ids: np.ndarray, rows: np.ndarra
     )
     labels = neighborhoods.encode(systems)
     components = maps.principal_components(rows)
-    between = maps.variance_between(rows, labels)
+    between, chance = maps.variance_between(rows, labels)
     found = {"pca": components.coordinates}
     installed = importlib.util.find_spec("umap") is not None
     if _UMAP.value == "on" or (_UMAP.value == "auto" and installed):
@@ -156,14 +157,15 @@ def _map(workdir, words: vocabulary.Vocabulary, ids: np.ndarray, rows: np.ndarra
     print(tables.format_table(["writing system", "tokens"], list(counts.items())[:12]))
     print(
         f"\n{between:.1%} of the variance of {len(ids):,} embeddings lies between"
-        f" {len(labels.names)} writing systems; two principal components hold"
-        f" {components.explained.sum():.1%}."
+        f" {len(labels.names)} writing systems, {chance:.2%} would by chance; two"
+        f" principal components hold {components.explained.sum():.1%}."
     )
     return {
         "tokens": len(ids),
         "categories": neighborhoods.counts(categories),
         "writing_systems": counts,
         "variance_between_writing_systems": between,
+        "variance_between_by_chance": chance,
         "explained_by_components": components.explained.tolist(),
     }
 

@@ -56,13 +56,20 @@ def principal_components(x: np.ndarray, *, count: int = 2) -> PrincipalComponent
     )
 
 
-def variance_between(x: np.ndarray, labels: Labels) -> float:
+class VarianceBetween(NamedTuple):
+    """A share of variance, and its expectation under labels drawn at random."""
+
+    share: float
+    chance: float
+
+
+def variance_between(x: np.ndarray, labels: Labels) -> VarianceBetween:
     """The share of the unit rows' variance that lies between the labels' means.
 
         sum over labels of n_l |mean_l - mean|^2 / sum over rows of |x_i - mean|^2
 
-    (the squared correlation ratio), 0 where labels say nothing, 1 where they say all;
-    labels drawn at random reach (labels - 1) / (n - 1).
+    (the squared correlation ratio), 1 where labels say all. Labels shuffled at random
+    reach (labels - 1) / (n - 1) on average.
     """
     n, d = x.shape
     sums, squares, start = np.zeros((len(labels.names), d)), 0.0, 0
@@ -73,8 +80,10 @@ def variance_between(x: np.ndarray, labels: Labels) -> float:
     counts = np.bincount(labels.codes, minlength=len(labels.names))
     centre = (sums.sum(axis=0) ** 2).sum() / n
     between = ((sums**2).sum(axis=1) / np.maximum(counts, 1)).sum() - centre
-    within_and_between = squares - centre
-    return float(between / within_and_between) if within_and_between > 0 else 0.0
+    everything = squares - centre
+    chance = (np.count_nonzero(counts) - 1) / max(n - 1, 1)
+    share = between / everything if everything > n * np.finfo(np.float32).eps else 0.0
+    return VarianceBetween(float(share), float(chance))
 
 
 def umap_map(x: np.ndarray, *, seed: int) -> np.ndarray:

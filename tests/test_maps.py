@@ -61,12 +61,24 @@ def test_variance_between_labels_is_a_share(rng, monkeypatch):
     y = unit(x)
     means = np.stack([y[names == name].mean(axis=0) for name in names])
     expected = ((means - y.mean(0)) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
-    np.testing.assert_allclose(maps.variance_between(x, labels), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        maps.variance_between(x, labels).share, expected, rtol=1e-5
+    )
     parted = np.eye(8)[labels.codes] * rng.uniform(1, 2, (300, 1))
-    np.testing.assert_allclose(maps.variance_between(parted, labels), 1, rtol=1e-6)
+    np.testing.assert_allclose(
+        maps.variance_between(parted, labels).share, 1, rtol=1e-6
+    )
     alone = neighborhoods.encode(["a"] * 300)
-    np.testing.assert_allclose(maps.variance_between(x, alone), 0, atol=1e-6)
-    assert maps.variance_between(np.ones((300, 8)), labels) == 0
+    assert maps.variance_between(x, alone) == (pytest.approx(0, abs=1e-6), 0)
+    assert maps.variance_between(np.ones((300, 8)), labels).share == 0
+    shuffled = [
+        maps.variance_between(x, labels._replace(codes=rng.permutation(labels.codes)))
+        for _ in range(100)
+    ]
+    shares = [found.share for found in shuffled]
+    # the mean of 100 shares with this deviation is within four standard errors
+    error = 4 * np.std(shares) / 10
+    assert abs(np.mean(shares) - shuffled[0].chance) < error and error < 0.001
 
 
 def test_rows_that_are_not_numbers_are_named(rng):

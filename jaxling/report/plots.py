@@ -140,8 +140,9 @@ def save_heatmap(
     written = max(values.shape) <= 24
     cell = 0.46 if written else 0.22
     longest = max([len(str(row)) for row in rows], default=0)
+    wide = 2.2 + 0.075 * min(longest, 40) + cell * len(columns)
     size = (
-        min(2.2 + 0.075 * min(longest, 40) + cell * len(columns), 24),
+        min(max(wide, 2.0 + 0.1 * len(title)), 24),
         min(1.5 + max(cell * 0.8, 0.2) * len(rows), 24),
     )
     text = [*rows, *columns, title, row_label, column_label, value_label]
