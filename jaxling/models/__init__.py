@@ -5,7 +5,6 @@ logits, cache = model.run_with_cache(tokens, attention_mask)
 cache["resid_post"]  # [layer, batch, position, d]
 """
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -107,12 +106,16 @@ def build(
     Raises:
       CheckpointError: an unknown family, or an attribute that is not handled.
     """
-    config = dict(config)
     family = family_of(config, "config")
-    spec = conversion.read_spec(config, family, "config")
-    model = family.model(spec, json.dumps(config), rngs=nnx.Rngs(params=key))
-    graph, parameters = nnx.split(model)
-    return nnx.merge(graph, jax.tree.map(lambda a: a.astype(dtype), parameters))
+    empty = conversion.abstract(config, family, "config")
+
+    @jax.jit
+    def parameters(key: jax.Array) -> nnx.State:
+        rngs = nnx.Rngs(params=key)
+        made = nnx.state(family.model(empty.spec, empty.config_json, rngs=rngs))
+        return jax.tree.map(lambda array: array.astype(dtype), made)
+
+    return nnx.merge(nnx.graphdef(empty), parameters(key))
 
 
 def save(model: Model, directory: str | os.PathLike) -> None:

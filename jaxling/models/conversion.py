@@ -12,10 +12,11 @@ for them; with a mesh, only those of the shards that the devices of this process
 """
 
 import json
+import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -101,6 +102,10 @@ IGNORED = {
 }  # fmt: skip
 
 
+# Beyond any published model; bounds what a hostile config can cost.
+MOST_LAYERS = 10_000
+
+
 def read_config(raw: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """All attributes that the family's spec reads, checked.
 
@@ -117,6 +122,8 @@ def read_config(raw: Mapping[str, Any], family: Family, where: str) -> dict[str,
             usual = family.attributes[name]
             if not _of_kind(value, usual):
                 problems.append(f"{name} is {value!r:.80} (usually {usual!r})")
+            elif "layer" in name and isinstance(value, int) and value > MOST_LAYERS:
+                problems.append(f"{name} is {value}, more than {MOST_LAYERS}")
             found[name] = value
         elif name in family.fixed:
             if value not in family.fixed[name]:
@@ -130,15 +137,31 @@ def read_config(raw: Mapping[str, Any], family: Family, where: str) -> dict[str,
     return {**family.attributes, **found}
 
 
-def read_spec(raw: Mapping[str, Any], family: Family, where: str) -> Any:
-    """The family's spec of a config, as `read_config` reads it."""
-    config = read_config(raw, family, where)
+def abstract(
+    raw: Mapping[str, Any],
+    family: Family,
+    where: str,
+    checkpoint: Checkpoint | None = None,
+) -> Model:
+    """The model that a config describes, with shapes in the place of arrays.
+
+    What the config leaves open, the tensors of the checkpoint decide.
+
+    Raises:
+      CheckpointError: the config describes no model that is handled.
+    """
+    config, config_json = read_config(raw, family, where), json.dumps(dict(raw))
     try:
-        return family.spec(config)
+        spec = family.spec(config)
+        if family.amend is not None and checkpoint is not None:
+            spec = family.amend(spec, checkpoint)
+        return nnx.eval_shape(lambda: family.model(spec, config_json, rngs=nnx.Rngs(0)))
     except KeyError as error:
         raise CheckpointError(f"{where}: {error} is missing.") from error
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise CheckpointError(f"{where}: {error}.") from error
+        # Of several lines, the first is the family's; the rest is the tracer's.
+        message = str(error).split("\n")[0]
+        raise CheckpointError(f"{where}: {message}.") from error
 
 
 def _of_kind(value: Any, usual: Any) -> bool:
@@ -240,21 +263,12 @@ def load(
     mesh: Mesh | None = None,
 ) -> Model:
     """The model of a checkpoint; see `jaxling.models.load`."""
-    spec = read_spec(checkpoint.config, family, str(checkpoint.path))
-    if family.amend is not None:
-        spec = family.amend(spec, checkpoint)
-    config_json = json.dumps(checkpoint.config)
-    try:
-        abstract = nnx.eval_shape(
-            lambda: family.model(spec, config_json, rngs=nnx.Rngs(0))
-        )
-    except ValueError as error:  # an activation that is not handled
-        raise CheckpointError(f"{checkpoint.path}: {error}.") from error
-    graph, state = nnx.split(abstract)
+    model = abstract(checkpoint.config, family, str(checkpoint.path), checkpoint)
+    graph, state = nnx.split(model)
     shapes = {
         ".".join(path): tuple(value.shape) for path, value in nnx.to_flat_state(state)
     }
-    plan = _plan(checkpoint, family.rules(spec), shapes)
+    plan = _plan(checkpoint, family.rules(model.spec), shapes)
     filled = []
     for path, variable in nnx.to_flat_state(state):
         name = ".".join(path)
@@ -362,7 +376,7 @@ def _fill(
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         sizes = [len(range(n)[at]) for n, at in zip(shape, index)]
-        values = np.empty(sizes, dtype)
+        values = aligned(sizes, np.dtype(dtype))
         for layer, slot in slots.items():
             to, of, own = values, index, shape
             if layer is not None:
@@ -374,8 +388,16 @@ def _fill(
         return values
 
     if mesh is None:
-        return jnp.asarray(read((slice(None),) * len(shape)))
+        return jax.device_put(read((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding(shape, slots, mesh), read)
+
+
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory that XLA on a CPU takes over as it is, without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def sharding(
