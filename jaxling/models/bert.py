@@ -163,7 +163,7 @@ def unembedding(spec: Masked, name: str) -> Alternatives:
     return {
         f"{name}.decoder.weight": same("head.unembedding"),
         inner: same("head.bias"),
-        own: Alias(inner),
+        own: Alias(inner, copy=False),  # where both are there, this one is unused
     }
 
 

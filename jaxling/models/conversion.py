@@ -51,9 +51,13 @@ class Ignore(NamedTuple):
 
 
 class Alias(NamedTuple):
-    """Another name of the tensor with the rule `of`, for files that lack that one."""
+    """Another name of the tensor with the rule `of`, for files that lack that one.
+
+    A `copy` that stands beside it must hold the same values.
+    """
 
     of: str
+    copy: bool = True
 
 
 Rules = Mapping[str, Rule | Ignore | Alias]
@@ -302,8 +306,11 @@ def _plan(
         layer = match.groupdict().get("layer")
         layer = None if layer is None else int(layer)
         if isinstance(rule, Alias):
-            rule = rules[rule.of]
+            alias, rule = rule, rules[rule.of]
             if layer in plan[rule.paths[0]]:
+                original = plan[rule.paths[0]][layer].tensor
+                if alias.copy and not _equal(checkpoint, tensor, original):
+                    wrong.append(f"{tensor} is a copy of {original} and differs")
                 continue
         if not jnp.issubdtype(checkpoint.dtype(tensor), jnp.floating):
             wrong.append(f"{tensor} holds {checkpoint.dtype(tensor)}")
@@ -430,14 +437,19 @@ def is_tied(checkpoint: Checkpoint, embedding: str, unembedding: str) -> bool:
     is stored decides, the values where there are two.
     """
     first, second = _named(checkpoint, embedding), _named(checkpoint, unembedding)
-    if first is None or second is None:
-        return True
-    if checkpoint.shape(first) != checkpoint.shape(second):
+    return first is None or second is None or _equal(checkpoint, first, second)
+
+
+def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Whether two matrices or vectors are the same, byte by byte."""
+    shape = checkpoint.shape(first)
+    if shape != checkpoint.shape(second):
         return False
-    step = max(1, 2**22 // checkpoint.shape(first)[-1])
+    step = max(1, 2**22 // max(1, math.prod(shape[1:])))
     return all(
-        np.array_equal(checkpoint.read(first, rows), checkpoint.read(second, rows))
-        for start in range(0, checkpoint.shape(first)[0], step)
+        checkpoint.read(first, rows).tobytes()
+        == checkpoint.read(second, rows).tobytes()
+        for start in range(0, shape[0], step)
         for rows in [slice(start, start + step)]
     )
 

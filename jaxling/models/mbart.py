@@ -1,0 +1,177 @@
+"""mBART and mBART-50; and M2M-100 and NLLB, which differ in positions and norms.
+
+Liu et al., 2020, https://arxiv.org/abs/2001.08210; Tang et al., 2020,
+https://arxiv.org/abs/2008.00401; Fan et al., 2020, https://arxiv.org/abs/2010.11125;
+NLLB, 2022, https://arxiv.org/abs/2207.04672.
+"""
+
+import math
+from typing import Any
+
+from jaxling.checkpoints import Checkpoint
+
+from . import layers
+from .conversion import (
+    Alias,
+    Family,
+    Ignore,
+    Rule,
+    Rules,
+    has,
+    is_tied,
+    linear,
+    linear_of_heads,
+    same,
+    vector,
+)
+from .encoder_decoder import EncoderDecoder, Pair
+
+ATTRIBUTES = {
+    "vocab_size": 50265,
+    "max_position_embeddings": 1024,
+    "encoder_layers": 12,
+    "encoder_ffn_dim": 4096,
+    "encoder_attention_heads": 16,
+    "decoder_layers": 12,
+    "decoder_ffn_dim": 4096,
+    "decoder_attention_heads": 16,
+    "activation_function": "gelu",
+    "d_model": 1024,
+    "scale_embedding": False,
+    "decoder_start_token_id": None,
+}
+ATTRIBUTES_M2M = {
+    **ATTRIBUTES,
+    "vocab_size": 128112,
+    "activation_function": "relu",
+    "scale_embedding": True,
+    "decoder_start_token_id": 2,
+}
+# Of fairseq's BART: all of these models are pre-norm, with a norm after each stack.
+FIXED = {
+    "is_encoder_decoder": (True,),
+    "normalize_before": (True,),
+    "normalize_embedding": (True,),
+    "add_final_layer_norm": (True,),
+    "add_bias_logits": (False,),
+    "static_position_embeddings": (False,),
+    "extra_pos_embeddings": (2,),
+    # The row of positions that is zero; rows are offset by 2, so these are never used.
+    "pad_token_id": (None, 0, 1),
+}
+IGNORED = ("tie_word_embeddings", "classif_dropout", "num_hidden_layers")
+EMBEDDING, UNEMBEDDING = "(model.)shared.weight", "lm_head.weight"
+
+
+def stack(config: dict[str, Any], side: str) -> layers.Spec:
+    width, heads = config["d_model"], config[f"{side}_attention_heads"]
+    if width % heads:
+        raise ValueError(f"d_model {width} is not a multiple of {heads} heads")
+    return layers.Spec(
+        layers=config[f"{side}_layers"],
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_size=width // heads,
+        mlp_width=config[f"{side}_ffn_dim"],
+        activation=config["activation_function"],
+        gated=False,
+        norm="layer",
+        norm_eps=1e-5,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        causal=side == "decoder",
+        cross=side == "decoder",
+    )
+
+
+def spec(config: dict[str, Any]) -> Pair:
+    return Pair(
+        encoder=stack(config, "encoder"),
+        decoder=stack(config, "decoder"),
+        vocabulary=config["vocab_size"],
+        length=config["max_position_embeddings"],
+        embedding_scale=math.sqrt(config["d_model"])
+        if config["scale_embedding"]
+        else 1.0,
+        embedding_norm=True,
+        positions="learned",
+        position_offset=2,
+        unembed_bias=True,
+        start_token=config["decoder_start_token_id"],
+    )
+
+
+def spec_m2m(config: dict[str, Any]) -> Pair:
+    return spec(config)._replace(
+        embedding_norm=False, positions="sinusoidal", unembed_bias=False
+    )
+
+
+def amend(spec: Pair, checkpoint: Checkpoint) -> Pair:
+    return spec._replace(
+        tied=is_tied(checkpoint, EMBEDDING, UNEMBEDDING),
+        unembed_bias=has(checkpoint, "final_logits_bias"),
+    )
+
+
+def rules(spec: Pair) -> Rules:
+    table: dict[str, Rule | Ignore | Alias] = {
+        EMBEDDING: same("embedding"),
+        UNEMBEDDING: Ignore("tied: it is the embedding")
+        if spec.tied
+        else same("unembedding"),
+    }
+    if spec.unembed_bias:
+        table["final_logits_bias"] = Rule(
+            ("bias",),
+            lambda tensor, part, shape: tensor.reshape(shape),
+            lambda parts: parts[0][None],
+        )
+    for side, own in (("encoder", spec.encoder), ("decoder", spec.decoder)):
+        name = f"(model.){side}."
+        table[name + "embed_tokens.weight"] = Alias(EMBEDDING)
+        table[name + "version"] = Ignore("of fairseq's format")
+        table |= norm(name + "layer_norm", f"{side}.final_norm")
+        if spec.positions == "learned":
+            path = f"{side}_entrance.positions"
+            table[name + "embed_positions.weight"] = same(path)
+        else:
+            table[name + "embed_positions.weights"] = Ignore("recomputed")
+        if spec.embedding_norm:
+            table |= norm(name + "layernorm_embedding", f"{side}_entrance.norm")
+        table |= block_rules(name + "layers.{layer}.", f"{side}.blocks.", own.cross)
+    return table
+
+
+def block_rules(block: str, to: str, cross: bool) -> dict[str, Rule]:
+    table = norm(block + "final_layer_norm", to + "mlp_norm")
+    for name, path in {"fc1": "mlp.up", "fc2": "mlp.down"}.items():
+        table[f"{block}{name}.weight"] = linear(f"{to}{path}.kernel")
+        table[f"{block}{name}.bias"] = vector(f"{to}{path}.bias")
+    places = {"self_attn": "attention", **({"encoder_attn": "cross"} if cross else {})}
+    for name, place in places.items():
+        table |= norm(f"{block}{name}_layer_norm", f"{to}{place}_norm")
+        for tensor, path in {
+            "q_proj": "query",
+            "k_proj": "key",
+            "v_proj": "value",
+            "out_proj": "out",
+        }.items():
+            own, rule = f"{block}{name}.{tensor}.", f"{to}{place}.{path}."
+            kernel = linear_of_heads if path == "out" else linear
+            table[own + "weight"] = kernel(rule + "kernel")
+            table[own + "bias"] = vector(rule + "bias")
+    return table
+
+
+def norm(name: str, path: str) -> dict[str, Rule]:
+    return {
+        f"{name}.weight": same(f"{path}.scale"),
+        f"{name}.bias": same(f"{path}.bias"),
+    }
+
+
+FAMILY = Family(EncoderDecoder, ATTRIBUTES, FIXED, spec, rules, IGNORED, amend=amend)
+FAMILY_M2M = FAMILY._replace(attributes=ATTRIBUTES_M2M, spec=spec_m2m)

@@ -1,0 +1,316 @@
+"""Encoder-decoders against transformers, both stacks, on tiny random checkpoints."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from jaxling import models
+from jaxling.checkpoints import CheckpointError
+
+torch = pytest.importorskip("torch")
+import transformers  # noqa: E402
+
+# Noise of float32 products in another order; 1e-4 would be a defect.
+TOLERANCE = 5e-5
+
+T5 = dict(
+    vocab_size=101,
+    d_model=48,
+    d_kv=12,
+    d_ff=64,
+    num_layers=3,
+    num_decoder_layers=2,
+    num_heads=5,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=16,
+    decoder_start_token_id=0,
+)
+BART = dict(
+    vocab_size=101,
+    d_model=40,
+    encoder_layers=3,
+    decoder_layers=2,
+    encoder_attention_heads=5,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=64,
+    decoder_ffn_dim=56,
+    max_position_embeddings=40,
+    decoder_start_token_id=2,
+)
+CASES = {
+    "t5": dict(T5, model_type="t5"),
+    "t5-1.1": dict(
+        T5, model_type="t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False
+    ),
+    "mt5": dict(T5, model_type="mt5", tie_word_embeddings=False),
+    "umt5": dict(T5, model_type="umt5", tie_word_embeddings=False),
+    "umt5-tied": dict(T5, model_type="umt5", feed_forward_proj="gated-silu"),
+    "mbart": dict(BART, model_type="mbart", scale_embedding=True),
+    "mbart-untied": dict(BART, model_type="mbart", activation_function="relu"),
+    "m2m_100": dict(BART, model_type="m2m_100"),
+    "nllb-unscaled": dict(BART, model_type="m2m_100", scale_embedding=False),
+}
+NAMES = ["*blocks.0.hook_resid_pre", "*resid_post", "*hook_normalized"]
+
+
+@pytest.fixture(scope="session", params=CASES)
+def checkpoint(request, tmp_path_factory):
+    """A directory of several shards, and the torch model that wrote it."""
+    return make(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def make(case, path):
+    values = CASES[case]
+    config = transformers.AutoConfig.for_model(**values)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    auto = transformers.AutoModelForSeq2SeqLM
+    model = auto.from_config(config).eval().float()
+    untied = values.get("tie_word_embeddings") is False
+    if untied or "untied" in case:  # transformers 5 ties T5's family whatever it says
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Norms near one but not one; biases as large as what they are added to.
+            scale = "norm" in name and name.endswith("weight")
+            # T5 does not scale scores but begins with queries that are smaller; the
+            # softmax of large scores would amplify the noise of float32.
+            parameter.normal_(float(scale), 0.06 if ".q." in name else 0.2)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_()
+    model.save_pretrained(path, max_shard_size="40KB")
+    if untied:
+        # As the published files say it; and umT5 is then not scaled, as it was before
+        # transformers 5 began to force its flag.
+        model.config.tie_word_embeddings = False
+        written = json.loads((path / "config.json").read_text())
+        written["tie_word_embeddings"] = False
+        (path / "config.json").write_text(json.dumps(written))
+    assert len(list(path.glob("*.safetensors"))) > 1
+    return path, model
+
+
+def sequences():
+    """Rows padded on the left, on the right and not at all, on either side."""
+    rng = np.random.default_rng(0)
+    tokens, mask = rng.integers(3, 101, (3, 22)), np.ones((3, 22), int)
+    mask[0, :7] = 0
+    mask[1, -5:] = 0
+    outputs, output_mask = rng.integers(3, 101, (3, 14)), np.ones((3, 14), int)
+    output_mask[0, -4:] = 0
+    output_mask[2, :3] = 0
+    return dict(
+        tokens=tokens,
+        attention_mask=mask,
+        decoder_tokens=outputs,
+        decoder_attention_mask=output_mask,
+    )
+
+
+def torch_rows(oracle, inputs, rows=range(3)):
+    """Each row by itself and without padding."""
+    for row in rows:
+        ins, outs = (
+            torch.tensor(inputs[name][row][inputs[mask][row].astype(bool)])[None]
+            for name, mask in (
+                ("tokens", "attention_mask"),
+                ("decoder_tokens", "decoder_attention_mask"),
+            )
+        )
+        yield oracle(input_ids=ins, decoder_input_ids=outs, output_hidden_states=True)
+
+
+def test_both_stacks_and_the_logits_agree_with_transformers(checkpoint):
+    path, oracle = checkpoint
+    inputs = sequences()
+    model = models.load(path)
+    logits, cache = model.run_with_cache(**inputs, names_filter=NAMES)
+    streams = {}
+    for side in ("encoder", "decoder"):
+        stream = [cache[f"{side}.blocks.0.hook_resid_pre"]]
+        stream += list(cache[f"{side}.resid_post"])[:-1]
+        last = cache[f"{side}.resid_post"][-1]
+        streams[side] = [*stream, getattr(model, side).final_norm(last)]
+    np.testing.assert_allclose(
+        cache["encoder.ln_final.hook_normalized"], streams["encoder"][-1], atol=1e-5
+    )
+    with torch.no_grad():
+        expected = list(torch_rows(oracle, inputs))
+    for row, outputs in enumerate(expected):
+        for side, mask, hidden in (
+            ("encoder", "attention_mask", outputs.encoder_hidden_states),
+            ("decoder", "decoder_attention_mask", outputs.decoder_hidden_states),
+        ):
+            real = inputs[mask][row].astype(bool)
+            for ours, theirs in zip(streams[side], hidden, strict=True):
+                np.testing.assert_allclose(
+                    ours[row][real], theirs[0], atol=TOLERANCE, rtol=0
+                )
+        np.testing.assert_allclose(
+            logits[row][real], outputs.logits[0], atol=TOLERANCE, rtol=0
+        )
+    assert (model.unembedding is None) == (
+        "untied" not in path.name
+    ) or "t5" in path.name
+
+
+def test_what_is_saved_transformers_loads_to_the_same_logits(checkpoint, tmp_path):
+    path, oracle = checkpoint
+    inputs = sequences()
+    models.save(models.load(path), tmp_path)
+    again = type(oracle).from_pretrained(tmp_path, attn_implementation="eager")
+    again.config.tie_word_embeddings = oracle.config.tie_word_embeddings
+    with torch.no_grad():
+        for ours, theirs in zip(torch_rows(again, inputs), torch_rows(oracle, inputs)):
+            np.testing.assert_array_equal(ours.logits, theirs.logits)
+
+
+@pytest.mark.parametrize("case", ["t5-1.1", "umt5", "mbart", "m2m_100"])
+def test_gradients_agree_with_transformers(case, tmp_path):
+    path, oracle = make(case, tmp_path)
+    model = models.load(path)
+    inputs = sequences()
+    weights = np.random.default_rng(1).normal(size=(3, 14))
+    weights *= inputs["decoder_attention_mask"]
+
+    def loss(model):
+        return (jnp.square(model(**inputs)[..., :7]).mean(-1) * weights).sum()
+
+    gradients = nnx.jit(nnx.grad(loss))(model)
+    for name, gradient in nnx.to_flat_state(nnx.state(gradients)):
+        assert np.isfinite(gradient[...]).all(), name
+        # A key's bias adds the same to all scores of a query: softmax drops it.
+        if name[-2:] != ("key", "bias"):
+            assert np.abs(gradient[...]).max() > 0, name
+    total = 0
+    for row, outputs in enumerate(torch_rows(oracle, inputs)):
+        real = inputs["decoder_attention_mask"][row].astype(bool)
+        each = outputs.logits[0][:, :7].square().mean(-1)
+        total = total + (each * torch.tensor(weights[row, real]).float()).sum()
+    total.backward()
+    expected = oracle.get_input_embeddings().weight.grad.numpy()
+    ours = np.array(gradients.embedding[...])
+    if case in ("mbart", "m2m_100"):  # torch keeps padding's row still at the inputs
+        ours, expected = np.delete(ours, 1, 0), np.delete(expected, 1, 0)
+    # Relative to the largest: gradients add up the noise of every position.
+    scale = max(np.abs(expected).max(), 1)
+    np.testing.assert_allclose(ours, expected, atol=5e-5 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["t5", "umt5", "mbart", "m2m_100"])
+def test_greedy_generation_agrees_with_transformers(case, tmp_path):
+    path, oracle = make(case, tmp_path)
+    inputs = sequences()
+    tokens, mask = inputs["tokens"], inputs["attention_mask"]
+    model = models.load(path)
+    found = models.generate(model, tokens, mask, max_new_tokens=10)
+    start = oracle.config.decoder_start_token_id
+    oracle.generation_config = transformers.GenerationConfig(
+        max_new_tokens=10,
+        do_sample=False,
+        pad_token_id=0,
+        decoder_start_token_id=start,
+    )
+    for name in ("forced_eos_token_id", "eos_token_id"):
+        setattr(oracle.config, name, None)
+    for row in range(3):
+        real = mask[row].astype(bool)
+        expected = oracle.generate(torch.tensor(tokens[row, real])[None])
+        np.testing.assert_array_equal(found[row], expected[0].numpy())
+
+
+def test_a_generation_goes_on_from_given_tokens(tmp_path):
+    path, _ = make("m2m_100", tmp_path)
+    model = models.load(path)
+    inputs = sequences()
+    tokens, mask = inputs["tokens"], inputs["attention_mask"]
+    given = np.array([[2, 7], [2, 8], [2, 9]])
+    found = models.generate(model, tokens, mask, max_new_tokens=6, decoder_tokens=given)
+    np.testing.assert_array_equal(found[:, :2], given)
+    logits = model(tokens, mask, decoder_tokens=found[:, :-1])
+    np.testing.assert_array_equal(found[:, 2:], logits.argmax(-1)[:, 1:])
+
+
+def rewritten(path, target, change):
+    """A copy of a checkpoint in one file, its tensors changed by `change`."""
+    whole = {}
+    for shard in path.glob("*.safetensors"):
+        whole |= load_file(shard)
+    target.mkdir()
+    save_file(change(whole), target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_text((path / "config.json").read_text())
+    return target
+
+
+def test_old_files_store_the_tied_matrix_up_to_four_times(tmp_path):
+    path, _ = make("t5", tmp_path / "new")
+    inputs = sequences()
+    expected = models.load(path)(**inputs)
+
+    def old(whole):
+        table = whole["shared.weight"]
+        bias = np.ones((8, 5), np.float32)
+        unused = (
+            "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+        )
+        copies = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+        copied = {f"{name}.weight": table.copy() for name in copies}
+        return {**whole, **copied, unused: bias}
+
+    def renamed(whole):
+        whole["decoder.embed_tokens.weight"] = whole.pop("shared.weight")
+        return whole
+
+    def unlike(whole):
+        whole["encoder.embed_tokens.weight"] = whole["shared.weight"] + 1
+        return whole
+
+    with pytest.raises(CheckpointError, match="is a copy of shared.weight and differs"):
+        models.load(rewritten(path, tmp_path / "unlike", unlike))
+    for change in (old, renamed):
+        model = models.load(rewritten(path, tmp_path / change.__name__, change))
+        assert model.unembedding is None
+        np.testing.assert_array_equal(model(**inputs), expected)
+
+
+def test_inputs_that_do_not_fit(tmp_path):
+    path, _ = make("mbart", tmp_path)
+    model = models.load(path)
+    tokens = np.full((2, 5), 7)
+    with pytest.raises(ValueError, match="`decoder_tokens` must be given"):
+        model(tokens)
+    with pytest.raises(ValueError, match="as many rows as the tokens, 2; got 1"):
+        model(tokens, decoder_tokens=tokens[:1])
+    with pytest.raises(ValueError, match="`decoder_tokens` must be .batch, position."):
+        model(tokens, decoder_tokens=tokens[0])
+    with pytest.raises(ValueError, match="41 positions"):
+        model(tokens, decoder_tokens=np.full((2, 41), 7))
+    with pytest.raises(
+        ValueError, match="`decoder_attention_mask` must have the shape"
+    ):
+        model(tokens, decoder_tokens=tokens, decoder_attention_mask=tokens[:, :2])
+    with pytest.raises(ValueError, match="41 positions"):
+        models.generate(model, tokens, max_new_tokens=40)
+    with pytest.raises(ValueError, match="No activation.*resid_past"):
+        model.run_with_cache(tokens, decoder_tokens=tokens, names_filter="resid_past")
+
+
+def test_a_hook_in_the_encoder_reaches_the_decoder(tmp_path):
+    path, _ = make("mt5", tmp_path)
+    model = models.load(path)
+    inputs = sequences()
+    logits, cache = model.run_with_cache(
+        **inputs,
+        hooks={"encoder.blocks.1.hook_resid_post": lambda x: 0 * x},
+        names_filter=["encoder.resid_post", "decoder.blocks.0.cross_attn.hook_pattern"],
+    )
+    assert np.abs(cache["encoder.blocks.1.hook_resid_post"]).max() == 0
+    assert np.abs(logits - model(**inputs)).max() > 0.1
+    pattern = cache["decoder.blocks.0.cross_attn.hook_pattern"]
+    assert pattern.shape == (3, 5, 14, 22)
+    np.testing.assert_allclose(pattern.sum(-1), 1, atol=1e-5)
+    assert np.abs(pattern[0, :, :, :7]).max() == 0  # padding is not attended to
