@@ -5,6 +5,7 @@ A flag has one meaning in all scripts. One that two scripts use is defined here.
 
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -43,11 +44,24 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes `content` so that the file is either the old one or complete."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, sort_keys=True)
+        json.dump(_plain(content), file, indent=2, ensure_ascii=False, sort_keys=True)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _plain(content: Any) -> Any:
+    """`content` as JSON has it: NumPy's numbers as numbers, NaN and infinity null."""
+    if isinstance(content, dict):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    if hasattr(content, "tolist"):
+        return _plain(content.tolist())
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
 
 
 def begin(experiment: str, inputs: dict[str, Any] | None = None) -> Run:
@@ -113,8 +127,13 @@ def _difference(before: Any, after: Any) -> str:
     return f"was {before!r} and is now {after!r}"
 
 
-def finish(run: Run, summary: dict[str, Any]) -> None:
-    """Writes `summary.json` (what was found) and `run.json` (time, device, memory)."""
+def finish(
+    run: Run, summary: dict[str, Any], measured: dict[str, Any] | None = None
+) -> None:
+    """Writes `summary.json` (what was found) and `run.json` (time, device, memory).
+
+    `measured` joins `run.json`: whatever differs from one run to the next.
+    """
     import jax
 
     write_json(run.workdir / "summary.json", summary)
@@ -127,6 +146,7 @@ def finish(run: Run, summary: dict[str, Any]) -> None:
             "devices": [str(device) for device in jax.devices()],
             "machine": platform.machine(),
             "processors": os.cpu_count(),
+            **(measured or {}),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         },
     )

@@ -1,6 +1,9 @@
-"""Word pairs in the format of the MUSE dictionaries."""
+"""Files about words: pairs in the format of the MUSE dictionaries, and counts."""
 
 import pathlib
+from collections.abc import Sequence
+
+import numpy as np
 
 
 def read_dictionary(path: str | pathlib.Path) -> list[tuple[str, str]]:
@@ -32,3 +35,38 @@ def read_dictionary(path: str | pathlib.Path) -> list[tuple[str, str]]:
     if not pairs:
         raise ValueError(f"{path} holds no word pair.")
     return pairs
+
+
+def read_frequencies(path: str | pathlib.Path, tokens: Sequence[str]) -> np.ndarray:
+    """How often each of `tokens` occurs, float64 `[tokens]`.
+
+    The file has lines of token, tab, count. A token that it does not name counts zero,
+    and a name that is no token is passed over.
+
+    Raises:
+      ValueError: a line is not a token and a count, or no line names a token.
+      OSError: the file cannot be read.
+    """
+    path = pathlib.Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8: {error}.") from None
+    counts = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.rstrip("\r")
+        if not line:
+            continue
+        token, _, count = line.rpartition("\t")
+        try:
+            counts[token] = float(count)
+        except ValueError:
+            counts[token] = -1.0
+        if not token or not 0 <= counts[token] < float("inf"):
+            raise ValueError(
+                f"{path}, line {number}: a line holds a token, a tab and how often it"
+                f" occurs; got {line[:80]!r}."
+            )
+    if not counts.keys() & set(tokens):
+        raise ValueError(f"{path} names none of the model's {len(tokens):,} tokens.")
+    return np.array([counts.get(token, 0.0) for token in tokens])

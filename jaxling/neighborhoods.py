@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxling import writing_systems
 from jaxling.vocabulary import SPACE
 
 _BLOCK = 16_384  # rows counted at a time
@@ -82,6 +83,42 @@ def spread(values: np.ndarray) -> Spread:
         return Spread(float("nan"), float("nan"), np.zeros(0, dtype=np.int64))
     std = float(values.std(ddof=1)) if values.size > 1 else 0.0
     return Spread(float(values.mean()), std, np.bincount(values))
+
+
+def striking(
+    spans: np.ndarray,
+    queries: np.ndarray,
+    tokens: Sequence[str],
+    systems: Sequence[str],
+    *,
+    top: int = 8,
+) -> list[int]:
+    """Ids of readable tokens whose neighbours span most writing systems, widest first.
+
+    `spans` is `distinct_labels` of the neighbours' writing systems. Readable is a token
+    of three letters at least (of two where a letter is a syllable or a word). No
+    writing system takes more than a quarter of the places while others could.
+    """
+    order = np.argsort(-np.asarray(spans), kind="stable")
+    first, rest = [], []
+    share: dict[str, int] = {}
+    for i in np.asarray(queries)[order].tolist():
+        system = systems[i]
+        letters = sum(map(str.isalpha, tokens[i]))
+        if letters < (2 if system in _DENSE else 3) or system in _NO_SYSTEM:
+            continue
+        share[system] = share.get(system, 0) + 1
+        (first if share[system] <= max(1, top // 4) else rest).append(i)
+    return (first + rest)[:top]
+
+
+_DENSE = {"Han", "Hangul", "Hiragana", "Katakana"}
+_NO_SYSTEM = {
+    writing_systems.BYTES,
+    writing_systems.COMMON,
+    writing_systems.SPECIAL,
+    writing_systems.UNKNOWN,
+}
 
 
 class LabelMatrix(NamedTuple):

@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from typing import Any
@@ -26,14 +27,24 @@ class Page:
         reads, self.commands = os.pipe()
         self.replies, writes = os.pipe()
 
-        def descriptors() -> None:  # the protocol's fixed numbers: 3 reads, 4 writes
-            os.dup2(reads, 200), os.dup2(writes, 201)
-            os.dup2(200, 3), os.dup2(201, 4)
-
+        # The protocol's descriptors have fixed numbers: 3 to read from, 4 to write to.
+        # A process of its own sets them: code between fork and exec could deadlock.
+        place = (
+            "import fcntl, os, sys;"
+            "a, b = (fcntl.fcntl(int(x), fcntl.F_DUPFD, 10) for x in sys.argv[1:3]);"
+            "os.dup2(a, 3); os.dup2(b, 4); os.execv(sys.argv[3], sys.argv[3:])"
+        )
+        command = [sys.executable, "-IS", "-c", place, str(reads), str(writes)]
         self.process = subprocess.Popen(
-            [PROGRAM, *FLAGS, *flags, f"--user-data-dir={self.profile}", "about:blank"],
-            preexec_fn=descriptors,
-            close_fds=False,
+            [
+                *command,
+                PROGRAM,
+                *FLAGS,
+                *flags,
+                f"--user-data-dir={self.profile}",
+                "about:blank",
+            ],
+            pass_fds=(reads, writes),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -99,9 +99,25 @@ def _cell(value: Any, digits: int) -> str:
 def _pad(cell: str, width: int, right: bool) -> str:
     cell = shorten(cell, width)
     space = " " * (width - display_width(cell))
-    if any(unicodedata.bidirectional(c) in ("R", "AL", "AN") for c in cell):
-        cell = f"{_ISOLATE}{cell}{_POP}"
-    return space + cell if right else cell + space
+    return space + _isolated(cell) if right else _isolated(cell) + space
+
+
+def _isolated(text: str) -> str:
+    """Right-to-left letters kept from reordering what stands around them."""
+    if any(unicodedata.bidirectional(c) in ("R", "AL", "AN") for c in text):
+        return f"{_ISOLATE}{text}{_POP}"
+    return text
+
+
+def joined(texts: Sequence[str], width: int) -> str:
+    """As many of `texts` as `width` columns hold, in order from left to right."""
+    line, used = [], -2
+    for text in texts:
+        used += 2 + display_width(text)
+        if used > width:
+            break
+        line.append(_isolated(text))
+    return "  ".join(line)
 
 
 def neighbor_column(ids: np.ndarray, distances: np.ndarray) -> pa.StructArray:

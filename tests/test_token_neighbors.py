@@ -1,0 +1,239 @@
+"""The main job, on a small checkpoint whose neighbours are planted."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import chromium
+import numpy as np
+import pyarrow.parquet
+import pytest
+import safetensors.numpy
+from absl import flags
+from absl.testing import flagsaver
+
+from jaxling.experiments import token_neighbors
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = {  # two letters of each; category by the paper's rule, Unicode script
+    "ab": ("LATIN", "Latin"),
+    "бв": ("CYRILLIC", "Cyrillic"),
+    "γδ": ("GREEK", "Greek"),
+    "اب": ("ARABIC", "Arabic"),
+    "ກຂ": ("LAO", "Lao"),
+}
+LATIN, CYRILLIC, GREEK, ARABIC, _ = SCRIPTS
+CONCEPTS = 40
+
+# A machine without fonts for these scripts says so; that is plots' business.
+pytestmark = pytest.mark.filterwarnings("ignore:No font of this machine")
+
+
+def word(letters: str, concept: int) -> str:
+    return "".join(letters[int(digit)] for digit in f"{concept:06b}")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """200 words, 40 concepts in five scripts; words of a concept point one way.
+
+    One token more has the zero vector, and the matrix two rows more than the tokens.
+    """
+    folder = tmp_path_factory.mktemp("model")
+    rng = np.random.default_rng(0)
+    tokens = [word(letters, i) for i in range(CONCEPTS) for letters in SCRIPTS]
+    directions = rng.standard_normal((CONCEPTS, 64))
+    x = np.repeat(directions, len(SCRIPTS), axis=0)
+    x += 0.05 * rng.standard_normal(x.shape)
+    x = np.concatenate([x, np.zeros((1, 64)), directions[:2]]).astype(np.float32)
+    (folder / "vocab.txt").write_text("\n".join([*tokens, "[PAD]"]) + "\n", "utf-8")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": False})
+    )
+    safetensors.numpy.save_file(
+        {"embeddings.word_embeddings.weight": x}, folder / "model.safetensors"
+    )
+    return folder
+
+
+@pytest.fixture
+def job(model, tmp_path, capsys):
+    def run(**values):
+        values = {"model": str(model), "workdir": str(tmp_path / "run"), **values}
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS(["test"])
+        with flagsaver.flagsaver(**values):
+            token_neighbors.main([])
+        workdir = pathlib.Path(values["workdir"])
+        summary = json.loads((workdir / "summary.json").read_text("utf-8"))
+        table = pyarrow.parquet.read_table(workdir / "neighbors.parquet")
+        return summary, table.to_pylist(), capsys.readouterr().out
+
+    return run
+
+
+def test_planted_neighbours_by_the_papers_conventions(job, tmp_path):
+    summary, table, shown = job(k=4)
+    assert len(table) == 201
+    for line in table[:200]:
+        concept = line["id"] // 5
+        others = set(range(5 * concept, 5 * concept + 5)) - {line["id"]}
+        assert set(line["neighbors"]["ids"]) == others
+        assert max(line["neighbors"]["distances"]) < 0.02  # noise of 0.05 a side
+        assert line["k_occurrence"] == 4
+        expected = list(SCRIPTS.values())[line["id"] % 5]
+        assert (line["category"], line["writing_system"]) == expected
+    assert table[200]["token"] == "[PAD]"
+    assert table[200]["neighbors"] == {"ids": [], "distances": []}
+    assert summary["without_direction"] == ["[PAD]"]
+    # Five scripts in each list, the token's own among them; the zero row has its own.
+    assert summary["categories"]["histogram"] == [0, 1, 0, 0, 0, 200]
+    latin = summary["matrix"]["names"].index("LATIN")
+    cyrillic = summary["matrix"]["names"].index("CYRILLIC")
+    assert summary["matrix"]["mean_where_present"][cyrillic][latin] == 1.0
+    assert "browser.html" in shown
+    left = {file.name for file in (tmp_path / "run").iterdir()}
+    assert left == {
+        *("config.json", "run.json", "summary.json", "neighbors.parquet"),
+        *("browser.html", "sweep.state", "diversity.png", "matrix.png", "hubs.png"),
+    }
+
+
+def test_clean_conventions_count_neighbours_alone(job):
+    summary, _, _ = job(k=4, conventions="clean")
+    assert summary["writing_systems"]["histogram"] == [1, 0, 0, 0, 200]
+    names = summary["matrix"]["names"]
+    mean = np.array(summary["matrix"]["mean"], dtype=float)
+    assert mean[names.index("Latin"), names.index("Latin")] == 0
+    assert mean[names.index("Latin"), names.index("Greek")] == 1
+
+
+def test_dictionary_frequencies_sample_and_shared_tokens(job, model, tmp_path):
+    english_greek = [f"{word(LATIN, i)}\t{word(GREEK, i)}\n" for i in range(10)]
+    (tmp_path / "a-g.txt").write_text("".join(english_greek), "utf-8")
+    counts = [f"{word(LATIN, i)}\t{i + 1}\n" for i in range(CONCEPTS)]
+    (tmp_path / "counts.tsv").write_text("".join(counts), "utf-8")
+    summary, _, shown = job(
+        k=4,
+        dictionary=[str(tmp_path / "a-g.txt")],
+        frequencies=str(tmp_path / "counts.tsv"),
+    )
+    found = summary["translations"]
+    assert found["tokens"] == 20 and found["rate"] == 1.0
+    # A list of 4 random tokens of 201 holds a given one in 2 of 100 cases.
+    assert 0.01 < found["rate_of_random_lists"] < 0.03
+    # 161 of 201 tokens are never seen and share the middle of their ranks.
+    assert summary["deciles"]["size"] == [0, 0, 0, 161, 0, 0, 0, 0, 20, 20]
+    assert (tmp_path / "run" / "deciles.png").exists()
+    assert "of 20 tokens have a translation" in shown
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "vocab.txt").write_text(
+        "\n".join([word(LATIN, 3), word(CYRILLIC, 5), "x"])
+    )
+    (other / "tokenizer_config.json").write_text("{}")
+    summary, table, _ = job(
+        k=4, shared_with=[str(other)], workdir=str(tmp_path / "shared")
+    )
+    assert summary["queries"] == 2
+    asked = [line["id"] for line in table if line["neighbors"]["ids"]]
+    assert [table[i]["token"] for i in asked] == [word(LATIN, 3), word(CYRILLIC, 5)]
+    # Neighbours come from the whole vocabulary.
+    assert sorted(table[15]["neighbors"]["ids"]) == [16, 17, 18, 19]
+
+    sampled = [
+        job(k=4, sample=0.1, seed=seed, workdir=str(tmp_path / f"sample{i}"))[1]
+        for i, seed in enumerate([0, 0, 1])
+    ]
+    ids = [[line["id"] for line in t if line["neighbors"]["ids"]] for t in sampled]
+    assert ids[0] == ids[1] != ids[2] and 19 <= len(ids[0]) <= 20
+
+
+def test_a_workdir_of_another_run_is_refused(job, model, tmp_path):
+    job(k=4)
+    before = (tmp_path / "run" / "summary.json").read_bytes()
+    with pytest.raises(ValueError, match="other flags: k was 4 and is now 3"):
+        job(k=3)
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before
+    again, _, _ = job(k=4)
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["resumed"] == run["bands"] == 1
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.token_neighbors", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_at_any_instant_it_resumes_to_the_same_bytes(job, model, tmp_path):
+    """`kill -9` once while it sweeps and once while it writes its results."""
+    job(k=4, panel=32, workdir=str(tmp_path / "whole"))
+    state = tmp_path / "run" / "sweep.state"
+    arguments = (
+        f"--model={model}",
+        f"--workdir={tmp_path / 'run'}",
+        "--k=4",
+        "--panel=32",
+    )
+    for landmark in (state, tmp_path / "run" / "matrix.png"):
+        process = start(*arguments)
+        while not landmark.exists() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "run.json").exists()
+    process = start(*arguments)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert 1 <= run["resumed"] <= run["bands"] == 7
+    for name in ("neighbors.parquet", "summary.json", "browser.html", "sweep.state"):
+        resumed, whole = (tmp_path / part / name for part in ("run", "whole"))
+        assert resumed.read_bytes() == whole.read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model=/nowhere"], "nowhere"),
+        (["--dictionary=/nowhere.txt"], "/nowhere.txt"),
+        (["--workdir=/dev/null/run"], "/dev/null/run"),
+    ],
+)
+def test_bad_input_is_one_paragraph(model, tmp_path, arguments, message):
+    process = start(f"--model={model}", f"--workdir={tmp_path}", *arguments)
+    out, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium on this machine")
+def test_the_page_of_a_run_walks(job, tmp_path):
+    job(k=4)
+    with chromium.Page() as page:
+        page.open(tmp_path / "run" / "browser.html")
+        page.until("document.documentElement.dataset.ready")
+        page.run("$('query').focus()")
+        page.type(word(ARABIC, 7))
+        page.call("Input.dispatchKeyEvent", type="keyDown", key="Enter")
+        page.until(f"$('name').textContent === '{word(ARABIC, 7)}'")
+        shown = page.run(
+            "[...document.querySelectorAll('#list .token')].map(n => n.textContent)"
+        )
+        assert set(shown) == {word(script, 7) for script in SCRIPTS} - {word(ARABIC, 7)}
+        assert page.complaints() == []
