@@ -1,0 +1,316 @@
+"""Lenses: what each layer would say, read through the model's own unembedding.
+
+`LogitLens` reads the residual stream as it is (nostalgebraist, "interpreting GPT: the
+logit lens", 2020); `TunedLens` first moves every layer's stream towards the last one's
+by a learned affine map (Belrose et al., 2023, https://arxiv.org/abs/2303.08112):
+
+    translator_l(h) = h + W_l h + b_l,  the last layer's is the identity
+
+Decoders are read after any block, masked language models through their head, and
+encoder-decoders in either stack. An encoder stack was never trained to be read through
+the vocabulary: its `reading` says so, and pictures carry it.
+"""
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax import Array
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+
+from jaxling import kernels, models
+
+
+class LogitLens(NamedTuple):
+    """The residual stream of a model's stack, read as it is.
+
+    `stack` is "" for a model of one stack, "encoder." or "decoder." otherwise.
+    """
+
+    model: models.Model
+    stack: str = ""
+
+    @property
+    def reading(self) -> str:
+        """What a picture should call this reading."""
+        if self.stack == "encoder.":
+            return "logit lens of the encoder, through the shared embedding"
+        return "logit lens"
+
+    def transform(self) -> Partial:
+        """`[layer, n, d] -> [layer, n, d]`: what the unembedding is multiplied with."""
+        graph, parameters = nnx.split(self.model)
+        read = _encoder_normed if self.stack == "encoder." else _normed
+        return Partial(read, graph, parameters)
+
+
+class TunedLens(NamedTuple):
+    """A `LogitLens` behind one affine translator per layer but the last."""
+
+    model: models.Model
+    weights: Array
+    """`[layer - 1, d, d]`: `hidden @ weights` is added to the stream."""
+    biases: Array
+    """`[layer - 1, d]`."""
+    stack: str = ""
+
+    @property
+    def reading(self) -> str:
+        """What a picture should call this reading."""
+        return LogitLens(self.model, self.stack).reading.replace("logit", "tuned")
+
+    def transform(self) -> Partial:
+        """`[layer, n, d] -> [layer, n, d]`: what the unembedding is multiplied with."""
+        read = LogitLens(self.model, self.stack).transform()
+        return Partial(_translated, read, self.weights, self.biases)
+
+
+def _normed(graph, parameters, hidden):
+    return nnx.merge(graph, parameters).final_norm(hidden)
+
+
+def _encoder_normed(graph, parameters, hidden):
+    return nnx.merge(graph, parameters).encoder_final_norm(hidden)
+
+
+def _translated(read, weights, biases, hidden):
+    moved = jnp.einsum("lnd,lde->lne", hidden[:-1], weights, precision="highest")
+    moved = hidden[:-1] + moved + biases[:, None]
+    return read(jnp.concatenate([moved.astype(hidden.dtype), hidden[-1:]]))
+
+
+def project(
+    lens: LogitLens | TunedLens, hidden: ArrayLike, **reductions: Any
+) -> kernels.Projection:
+    """What every layer says at every place, reduced over the vocabulary.
+
+    Args:
+      lens: how to read.
+      hidden: block outputs `[layer, ..., d]`, as `cache["resid_post"]`.
+      reductions: as in `jaxling.kernels.project_layers`; `targets` has the shape of
+        the places, with an axis of targets behind it or without.
+
+    Returns:
+      A `Projection` whose arrays are `[layer, ...]`, then their own axes.
+    """
+    hidden = jnp.asarray(hidden)
+    places = hidden.shape[1:-1]
+    if reductions.get("targets") is not None:
+        targets = np.asarray(reductions["targets"])
+        reductions["targets"] = targets.reshape(
+            int(np.prod(places)), *targets.shape[len(places) :]
+        )
+    model = lens.model
+    bias = None if lens.stack == "encoder." else model.unembed_bias
+    found = kernels.project_layers(
+        hidden.reshape(len(hidden), -1, hidden.shape[-1]),
+        model.unembed_matrix,
+        transform=lens.transform(),
+        bias=bias,
+        softcap=model.logit_softcap,
+        **reductions,
+    )
+    return jax.tree.map(lambda x: x.reshape(len(x), *places, *x.shape[2:]), found)
+
+
+def trajectory(
+    lens: LogitLens | TunedLens,
+    tokens: ArrayLike,
+    attention_mask: ArrayLike | None = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    **reductions: Any,
+) -> kernels.Projection:
+    """Runs the model on `[batch, position]` tokens and projects every block's output.
+
+    `inputs` are the model's further arguments (`decoder_tokens`).
+    """
+    name = lens.stack + "resid_post"
+    _, cache = lens.model.run_with_cache(
+        tokens, attention_mask, names_filter=(name,), **(inputs or {})
+    )
+    return project(lens, cache[name], **reductions)
+
+
+class Training(NamedTuple):
+    """A trained lens, and its loss at each step: mean KL in nats over the layers."""
+
+    lens: TunedLens
+    losses: np.ndarray
+
+
+def train_tuned_lens(
+    model: models.Model,
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    *,
+    learning_rate: float = 1e-3,
+    stack: str = "",
+    tile: int = 4096,
+) -> Training:
+    """Fits the translators so that every layer predicts what the last one predicts.
+
+    Minimises the mean over layers and real positions of KL(last layer || layer) with
+    Adam; the model is fixed. One step per batch.
+
+    Args:
+      model: any model with a vocabulary.
+      batches: tokens and attention masks, `[batch, position]` each, of one shape (a
+        second shape compiles a second program).
+      learning_rate: of Adam.
+      stack: as in `LogitLens`.
+      tile: tokens of the vocabulary per step of the kernel.
+
+    Raises:
+      ValueError: a model of one block, which has nothing to translate; no batch.
+    """
+    plain = LogitLens(model, stack)
+    name = stack + "resid_post"
+    optimiser = optax.adam(learning_rate)
+
+    def loss(translators, hidden, mask):
+        lens = TunedLens(model, *translators, stack)
+        found = project(lens, hidden, divergence=True, tile=tile)
+        kl = jnp.where(mask, found.kl_to_final[:-1], 0.0)
+        return kl.sum() / (mask.sum() * len(kl))
+
+    @jax.jit
+    def step(translators, state, hidden, mask):
+        value, gradient = jax.value_and_grad(loss)(translators, hidden, mask)
+        updates, state = optimiser.update(gradient, state)
+        return optax.apply_updates(translators, updates), state, value
+
+    translators, losses = None, []
+    for tokens, mask in batches:
+        _, cache = model.run_with_cache(tokens, mask, names_filter=(name,))
+        hidden = cache[name].astype(jnp.float32)
+        if translators is None:
+            depth, d = hidden.shape[0] - 1, hidden.shape[-1]
+            if depth < 1:
+                raise ValueError("A model of one block has no layer to translate.")
+            translators = jnp.zeros((depth, d, d)), jnp.zeros((depth, d))
+            state = optimiser.init(translators)
+        translators, state, value = step(
+            translators, state, hidden, jnp.asarray(mask, bool)
+        )
+        losses.append(float(value))
+    if translators is None:
+        raise ValueError("`batches` must hold at least one batch.")
+    return Training(TunedLens(plain.model, *translators, stack), np.array(losses))
+
+
+def unembedding_hash(model: models.Model) -> str:
+    """SHA-256 of the unembedding's shape, dtype and bytes: which model a lens is of."""
+    matrix = np.asarray(model.unembed_matrix)
+    digest = hashlib.sha256(f"{matrix.shape} {matrix.dtype}".encode())
+    for start in range(0, len(matrix), 4096):
+        digest.update(np.ascontiguousarray(matrix[start : start + 4096]).tobytes())
+    return digest.hexdigest()
+
+
+def save_lens(lens: TunedLens, directory: str | os.PathLike) -> None:
+    """Writes the translators with Orbax, and the hash of the unembedding beside them.
+
+    Raises:
+      ValueError: the directory exists already.
+    """
+    path = pathlib.Path(directory).resolve()
+    if path.exists():
+        raise ValueError(f"{path} exists already; choose another directory.")
+    digest = np.frombuffer(bytes.fromhex(unembedding_hash(lens.model)), np.uint8)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(
+            path,
+            {
+                "weights": lens.weights,
+                "biases": lens.biases,
+                "unembedding": digest,
+                "stack": np.frombuffer(lens.stack.encode() or b"-", np.uint8),
+            },
+        )
+
+
+def load_lens(model: models.Model, directory: str | os.PathLike) -> TunedLens:
+    """Reads a lens that `save_lens` wrote for this very model.
+
+    Raises:
+      ValueError: no lens is there, or it belongs to another unembedding.
+    """
+    path = pathlib.Path(directory).resolve()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.restore(path)
+        digest = bytes(np.asarray(saved["unembedding"])).hex()
+        stack = bytes(np.asarray(saved["stack"])).decode().replace("-", "")
+        weights, biases = saved["weights"], saved["biases"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no tuned lens: {error}") from None
+    own = unembedding_hash(model)
+    if digest != own:
+        raise ValueError(
+            f"The lens in {path} was trained for another model: its unembedding has"
+            f" SHA-256 {digest[:12]}..., this model's {own[:12]}...."
+        )
+    return TunedLens(model, jnp.asarray(weights), jnp.asarray(biases), stack)
+
+
+class TokenGroups(NamedTuple):
+    """Sets of tokens for `groups=`, each bounded from both sides.
+
+    Row g of `weights` holds the tokens of `names[g]` alone, row `len(names) + g` all
+    of its tokens, shared ones too.
+    """
+
+    names: list[str]
+    weights: np.ndarray
+
+
+def token_groups(sets: Mapping[str, Collection[int]], vocabulary: int) -> TokenGroups:
+    """Groups whose mass does not claim what other groups may have a right to.
+
+    A token that several sets hold (a digit, a name, a first syllable that words of two
+    languages begin with) is counted for none of them in the lower bound and for each
+    of them in the upper one. A probability on the first token of a word is likewise
+    only an upper bound on that word, which any other continuation shares.
+
+    Args:
+      sets: token ids of each language, writing system or word.
+      vocabulary: size of the vocabulary.
+
+    Returns:
+      Weights `[2 g, vocab]`, float32; see `mass_bounds`.
+
+    Raises:
+      ValueError: a token id out of range.
+    """
+    names = list(sets)
+    held = np.zeros((len(names), vocabulary), np.float32)
+    for row, name in enumerate(names):
+        ids = np.fromiter(sets[name], np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
+            raise ValueError(f"Tokens of {name} must be in [0, {vocabulary}).")
+        held[row, ids] = 1
+    alone = held * (held.sum(0) == 1)
+    return TokenGroups(names, np.concatenate([alone, held]))
+
+
+class MassBounds(NamedTuple):
+    """Probability of each group, `[..., g]`: certainly its own, and at most its own."""
+
+    lower: np.ndarray
+    upper: np.ndarray
+
+
+def mass_bounds(groups: TokenGroups, group_mass: ArrayLike) -> MassBounds:
+    """Splits a `Projection`'s `group_mass` `[..., 2 g]` made with these groups."""
+    mass = np.asarray(group_mass)
+    size = len(groups.names)
+    return MassBounds(mass[..., :size], mass[..., size:])

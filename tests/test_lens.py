@@ -1,0 +1,113 @@
+"""Lenses on a small decoder: against its own logits, trained, saved, refused."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxling import lens, models
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    graph, parameters = nnx.split(models.build(CONFIG, jax.random.key(0)))
+    # Matrices ten times those of a fresh model, so that layers differ.
+    grown = jax.tree.map(lambda a: a * (10 if a.ndim > 2 else 1), parameters)
+    built = nnx.merge(graph, grown)
+    built.unembedding[...] = built.unembedding[...] * 20
+    return built
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(1).integers(0, 101, (4, 12))
+
+
+def test_the_last_layer_says_what_the_model_says(model, tokens):
+    found = lens.trajectory(lens.LogitLens(model), tokens, k=3, targets=tokens)
+    expected = jax.nn.log_softmax(model(tokens))
+    best = np.argsort(-expected, -1)[..., :3]
+    np.testing.assert_array_equal(found.top_tokens[-1], best)
+    own = np.take_along_axis(np.asarray(expected), tokens[..., None], -1)
+    np.testing.assert_allclose(found.target_log_probs[-1], own, atol=1e-4)
+    assert found.top_tokens.shape == (3, 4, 12, 3)
+    assert np.all(found.agrees[-1])
+
+
+def test_earlier_layers_are_normed_and_unembedded(model, tokens):
+    _, cache = model.run_with_cache(tokens)
+    first = model.unembed(model.final_norm(cache["blocks.0.hook_resid_post"]))
+    found = lens.trajectory(lens.LogitLens(model), tokens, entropy=True)
+    p = jax.nn.softmax(first)
+    expected = -np.sum(p * np.log(np.maximum(p, 1e-30)), -1)
+    np.testing.assert_allclose(found.entropy[0], expected, atol=1e-4)
+
+
+def test_training_lowers_the_divergence_and_leaves_the_last_layer_alone(model, tokens):
+    rng = np.random.default_rng(2)
+    batches = [(rng.integers(0, 101, (4, 12)), np.ones((4, 12))) for _ in range(90)]
+    trained = lens.train_tuned_lens(model, batches, learning_rate=1e-2)
+    assert trained.losses[-5:].mean() < 0.7 * trained.losses[0]
+    before = lens.trajectory(lens.LogitLens(model), tokens, divergence=True)
+    after = lens.trajectory(trained.lens, tokens, divergence=True)
+    assert np.mean(after.kl_to_final[:-1]) < np.mean(before.kl_to_final[:-1])
+    np.testing.assert_array_equal(after.kl_to_final[-1], 0)
+    assert trained.lens.reading == "tuned lens"
+
+
+def test_padding_does_not_train_the_lens(model, tokens):
+    mask = np.ones((4, 12))
+    mask[:, 8:] = 0
+    changed = np.where(mask, tokens, 7)
+    found = [
+        lens.train_tuned_lens(model, [(t, mask)]).lens.weights
+        for t in (tokens, changed)
+    ]
+    np.testing.assert_allclose(*found, atol=1e-6)
+
+
+def test_a_lens_is_saved_for_one_model_only(model, tokens, tmp_path):
+    trained = lens.train_tuned_lens(model, [(tokens, np.ones((4, 12)))]).lens
+    lens.save_lens(trained, tmp_path / "lens")
+    again = lens.load_lens(model, tmp_path / "lens")
+    np.testing.assert_array_equal(again.weights, trained.weights)
+    np.testing.assert_array_equal(again.biases, trained.biases)
+    assert again.stack == trained.stack
+    other = models.build(CONFIG, jax.random.key(1))
+    with pytest.raises(ValueError, match="another model"):
+        lens.load_lens(other, tmp_path / "lens")
+    with pytest.raises(ValueError, match="holds no tuned lens"):
+        lens.load_lens(model, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="exists already"):
+        lens.save_lens(trained, tmp_path / "lens")
+
+
+def test_nothing_to_train_is_said(model):
+    with pytest.raises(ValueError, match="at least one batch"):
+        lens.train_tuned_lens(model, [])
+    flat = models.build({**CONFIG, "num_hidden_layers": 1}, jax.random.key(0))
+    with pytest.raises(ValueError, match="no layer to translate"):
+        lens.train_tuned_lens(flat, [(np.zeros((1, 3), int), np.ones((1, 3)))])
+
+
+def test_shared_tokens_bound_a_groups_mass(model, tokens):
+    groups = lens.token_groups({"a": {1, 2, 3}, "b": {3, 4}, "none": set()}, 101)
+    found = lens.trajectory(lens.LogitLens(model), tokens, groups=groups.weights)
+    bounds = lens.mass_bounds(groups, found.group_mass)
+    p = np.asarray(jax.nn.softmax(model(tokens)))
+    np.testing.assert_allclose(bounds.lower[-1, ..., 0], p[..., [1, 2]].sum(-1), 1e-4)
+    np.testing.assert_allclose(bounds.upper[-1, ..., 1], p[..., [3, 4]].sum(-1), 1e-4)
+    assert np.all(bounds.upper[..., 2] == 0)
+    with pytest.raises(ValueError, match="Tokens of a"):
+        lens.token_groups({"a": {101}}, 101)
