@@ -245,7 +245,8 @@ def _describe(
         [f"{matrix.names[i]} ({matrix.tokens[i]:,})" for i in order],
         names,
         means[np.ix_(order, order)],
-        title=f"Mean number of neighbours by {plural[chosen]}",
+        title=f"Mean number of neighbours of each {chosen.replace('_', ' ')}"
+        + (", where there are any" if paper else ""),
         row_label="token",
         column_label="neighbours",
         value_format="{:.1f}",

@@ -96,16 +96,20 @@ def striking(
     """Ids of readable tokens whose neighbours span most writing systems, widest first.
 
     `spans` is `distinct_labels` of the neighbours' writing systems. Readable is a token
-    of three letters at least (of two where a letter is a syllable or a word). No
-    writing system takes more than a quarter of the places while others could.
+    that begins a word, where the vocabulary tells, and has three letters at least (two
+    where a letter is a syllable or a word). No writing system takes more than a quarter
+    of the places while others could.
     """
     order = np.argsort(-np.asarray(spans), kind="stable")
+    marked = any(token.startswith(SPACE) for token in tokens)
     first, rest = [], []
     share: dict[str, int] = {}
     for i in np.asarray(queries)[order].tolist():
-        system = systems[i]
-        letters = sum(map(str.isalpha, tokens[i]))
-        if letters < (2 if system in _DENSE else 3) or system in _NO_SYSTEM:
+        token, system = tokens[i], systems[i]
+        dense = system in _DENSE
+        begins = dense or (token.startswith(SPACE) if marked else token[:1].isalpha())
+        letters = sum(map(str.isalpha, token))
+        if not begins or letters < (2 if dense else 3) or system in _NO_SYSTEM:
             continue
         share[system] = share.get(system, 0) + 1
         (first if share[system] <= max(1, top // 4) else rest).append(i)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxling import neighborhoods
-from jaxling.dictionaries import read_dictionary
+from jaxling.dictionaries import read_dictionary, read_frequencies
 
 TOKENS = ["▁dog", "▁Hund", "dog", "▁chien", "▁cat", "▁", "Hund", "7"]
 SYSTEMS = ["Latin", "Latin", "Latin", "Latin", "Latin", "Common", "Latin", "Common"]
@@ -173,3 +173,42 @@ def test_a_damaged_dictionary_is_named(tmp_path, content, message):
     (tmp_path / "d.txt").write_bytes(content)
     with pytest.raises(ValueError, match=f"d.txt.*{message}"):
         read_dictionary(tmp_path / "d.txt")
+
+
+def test_striking_tokens_are_readable_and_mixed():
+    words = ["▁king", "▁ox", "king", "▁мир", "▁два", "▁три", "水火", "▁123", "▁water"]
+    systems = ["Latin"] * 3 + ["Cyrillic"] * 3 + ["Han", "Common", "Latin"]
+    spans = np.array([5, 9, 8, 7, 7, 7, 2, 9, 4])
+    queries = np.arange(9)
+    found = neighborhoods.striking(spans, queries, words, systems, top=4)
+    # Widest first, one of each system, then the others: never a fragment or a number.
+    assert [words[i] for i in found] == ["▁мир", "▁king", "水火", "▁два"]
+    found = neighborhoods.striking(spans[[0, 4]], np.array([0, 4]), words, systems)
+    assert [words[i] for i in found] == ["▁два", "▁king"]
+    pieces = ["##ing", "sing", "water"]
+    found = neighborhoods.striking(np.ones(3), np.arange(3), pieces, ["Latin"] * 3)
+    assert [pieces[i] for i in found] == ["sing", "water"]
+
+
+def test_frequencies_are_read_by_token(tmp_path):
+    path = tmp_path / "counts.tsv"
+    path.write_bytes("\ufeff▁the\t12\r\nother\t3\n\na\tb\t4.5\n".encode())
+    found = read_frequencies(path, ["a\tb", "▁the", "▁rare"])
+    np.testing.assert_array_equal(found, [4.5, 12, 0])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"the 12\n", "line 1: a line holds a token, a tab"),
+        (b"a\t1\nthe\t-3\n", "line 2"),
+        (b"a\tnan\n", "line 1"),
+        (b"other\t3\n", "names none of the model's 2 tokens"),
+        (b"\xff\xfe\t1", "must be UTF-8"),
+    ],
+)
+def test_bad_frequencies_are_one_sentence(tmp_path, content, message):
+    path = tmp_path / "counts.tsv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_frequencies(path, ["the", "a"])

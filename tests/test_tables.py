@@ -113,3 +113,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError):
         tables.write_parquet(tmp_path / "missing" / "t.parquet", {"a": [1]})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_joined_texts_keep_their_order_and_the_width():
+    assert tables.joined(["one", "two", "three"], 8) == "one  two"
+    # Each right-to-left word is isolated, so that the line runs from left to right.
+    assert tables.joined(["a", "ماء", "b"], 20) == "a  \u2068ماء\u2069  b"
+    assert tables.joined([], 8) == "" and tables.joined(["水火"], 3) == ""

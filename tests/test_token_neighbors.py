@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,17 @@ def test_a_workdir_of_another_run_is_refused(job, model, tmp_path):
     assert (tmp_path / "run" / "summary.json").read_bytes() == before
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["resumed"] == run["bands"] == 1
+
+
+def test_a_workdir_of_another_matrix_is_refused(job, model, tmp_path):
+    shutil.copytree(model, tmp_path / "copy")
+    job(k=4, model=str(tmp_path / "copy"))
+    name = "embeddings.word_embeddings.weight"
+    path = tmp_path / "copy" / "model.safetensors"
+    changed = -safetensors.numpy.load_file(path)[name]
+    safetensors.numpy.save_file({name: changed}, path)
+    with pytest.raises(ValueError, match="other inputs: tensor was"):
+        job(k=4, model=str(tmp_path / "copy"))
 
 
 def start(*arguments):
