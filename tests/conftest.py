@@ -19,3 +19,18 @@ jaxtyping.install_import_hook("jaxling.kernels", "beartype.beartype")
 def rng() -> np.random.Generator:
     """A generator of the same numbers in every run."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def agree(record_property):
+    """Asserts that arrays agree, and records by how much they differ.
+
+    `python -m experiments.benchmarks.parity` makes a table of what is recorded.
+    """
+
+    def check(part, ours, theirs, atol):
+        np.testing.assert_allclose(ours, theirs, atol=atol, rtol=0)
+        difference = np.abs(np.asarray(ours) - np.asarray(theirs)).max()
+        record_property(part, float(difference))
+
+    return check

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxling import models
+from jaxling.models import conversion
 
 torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
@@ -167,7 +168,7 @@ def torch_run(model, tokens, mask):
     return found.logits.numpy(), [hidden.numpy() for hidden in found.hidden_states]
 
 
-def test_every_layer_and_the_logits_agree_with_transformers(checkpoint):
+def test_every_layer_and_the_logits_agree_with_transformers(checkpoint, agree):
     path, oracle = checkpoint
     tokens, mask = sequences()
     logits, hidden = torch_run(oracle, tokens, mask)
@@ -178,8 +179,8 @@ def test_every_layer_and_the_logits_agree_with_transformers(checkpoint):
     stream = [cache["blocks.0.hook_resid_pre"], *cache["resid_post"][:-1]]
     stream.append(model.final_norm(cache["resid_post"][-1]))
     for ours, theirs in zip(stream, hidden, strict=True):
-        np.testing.assert_allclose(ours[real], theirs[real], atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(found[real], logits[real], atol=TOLERANCE, rtol=0)
+        agree("hidden", ours[real], theirs[real], TOLERANCE)
+    agree("logits", found[real], logits[real], TOLERANCE)
 
 
 def test_what_is_saved_transformers_loads_to_the_same_logits(checkpoint, tmp_path):
@@ -193,21 +194,36 @@ def test_what_is_saved_transformers_loads_to_the_same_logits(checkpoint, tmp_pat
     np.testing.assert_array_equal(torch_run(again, tokens, mask)[0], expected)
 
 
-def test_gradients_reach_every_parameter(checkpoint):
-    model = models.load(checkpoint[0])
+def test_gradients_agree_with_transformers(checkpoint, agree):
+    """Of the mean loss, for every parameter, named as in a checkpoint."""
+    path, oracle = checkpoint
+    model = models.load(path)
     tokens, mask = sequences()
+    mask[:] = 1
 
     def loss(model):
         logits = jax.nn.log_softmax(model(tokens, mask)[:, :-1])
-        target = tokens[:, 1:, None]
-        return -jnp.take_along_axis(logits, target, -1).mean()
+        return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean()
 
-    gradients = nnx.to_flat_state(nnx.state(nnx.grad(loss)(model)))
-    for path, gradient in gradients:
-        assert np.isfinite(gradient[...]).all(), path
-        # Softmax is invariant to the part of a key's bias that is common to all keys,
-        # but rotations make that part differ: no gradient is zero.
-        assert np.abs(gradient[...]).max() > 0, path
+    gradient = nnx.merge(nnx.graphdef(model), nnx.state(nnx.grad(loss)(model)))
+    family = models.FAMILIES[model.config["model_type"]]
+    ours = conversion.tensors(gradient, family)
+    oracle.zero_grad()
+    oracle(torch.tensor(tokens), labels=torch.tensor(tokens)).loss.backward()
+    theirs = {name: p.grad.numpy() for name, p in oracle.named_parameters()}
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        assert np.abs(value).max() > 0, name
+        agree("gradient", ours[name], value, TOLERANCE)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_absent_attributes_have_the_values_of_transformers(family):
+    """And all attributes that transformers writes are known."""
+    written = transformers.AutoConfig.for_model(family).to_dict()
+    family, silent = models.FAMILIES[family], {"model_type": family}
+    expected = family.spec(conversion.read_config(written, family, "written"))
+    assert family.spec(conversion.read_config(silent, family, "silent")) == expected
 
 
 def test_greedy_generation_agrees_with_transformers(checkpoint):

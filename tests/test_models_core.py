@@ -440,6 +440,18 @@ def test_a_saved_model_comes_back_bit_for_bit(llama, saved, tokens):
     assert again.config["hidden_size"] == 32
 
 
+def test_large_models_are_saved_in_several_files(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "SHARD", 20000)
+    models.save(llama, tmp_path)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 3 and files[0].startswith("model-00001-of-")
+    for before, after in zip(
+        jax.tree.leaves(nnx.state(llama)),
+        jax.tree.leaves(nnx.state(models.load(tmp_path))),
+    ):
+        np.testing.assert_array_equal(before, after)
+
+
 def test_it_is_cast_while_it_is_read(llama, saved):
     for dtype in (jnp.bfloat16, jnp.float16):
         found = nnx.to_flat_state(nnx.state(models.load(saved, dtype=dtype)))

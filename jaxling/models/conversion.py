@@ -461,38 +461,64 @@ def _named(checkpoint: Checkpoint, template: str) -> str | None:
     )
 
 
+def tensors(model: Model, family: Family) -> dict[str, np.ndarray]:
+    """The tensors that a checkpoint of the model holds, by name."""
+    parameters = {
+        ".".join(path): variable
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    found = {}
+    for template, rule in family.rules(model.spec).items():
+        if isinstance(rule, Rule):
+            arrays = [np.asarray(parameters[path][...]) for path in rule.paths]
+            stacked = "{layer}" in template
+            for layer in range(len(arrays[0])) if stacked else (None,):
+                parts = arrays if layer is None else [a[layer] for a in arrays]
+                found[spelled(template, layer)] = rule.join(parts)
+    return found
+
+
+SHARD = 2 * 2**30  # bytes of a file
+
+
 def save(model: Model, family: Family, directory: str | os.PathLike) -> None:
     """Writes a Hugging Face directory; see `jaxling.models.save`."""
     from safetensors.numpy import save_file
 
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    parameters = {
-        ".".join(path): variable
-        for path, variable in nnx.to_flat_state(nnx.split(model)[1])
-    }
-    tensors = {}
-    for template, rule in family.rules(model.spec).items():
-        if isinstance(rule, Rule):
-            arrays = [np.asarray(parameters[path][...]) for path in rule.paths]
-            if "{layer}" not in template:
-                tensors[spelled(template, None)] = rule.join(arrays)
-                continue
-            for layer in range(len(arrays[0])):
-                tensors[spelled(template, layer)] = rule.join(
-                    [a[layer] for a in arrays]
-                )
-    dtypes = {str(array.dtype) for array in tensors.values()}
+    found = tensors(model, family)
+    dtypes = {str(array.dtype) for array in found.values()}
     config = model.config
     config.pop("torch_dtype", None)
     config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in tensors.items()},
-        directory / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    with open(directory / "config.json", "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=2, sort_keys=True)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, array in found.items():
+        if size + array.nbytes > SHARD and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += array.nbytes
+    files = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else file
+        files |= dict.fromkeys(names, file)
+        # Transposed back one shard at a time: the model is not held twice. Metadata,
+        # for transformers reads no file that does not say that it is torch's.
+        part = {name: np.ascontiguousarray(found[name]) for name in names}
+        save_file(part, directory / f"{file}.partial", metadata={"format": "pt"})
+        os.replace(directory / f"{file}.partial", directory / file)
+    if len(shards) > 1:
+        index = {"metadata": {}, "weight_map": files}
+        _write_json(directory / "model.safetensors.index.json", index)
+    _write_json(directory / "config.json", config)
+
+
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
         file.write("\n")
 
 
