@@ -38,7 +38,7 @@ else:
     from .classification import predict as predict
     from .cross_entropy import CrossEntropy as CrossEntropy
     from .cross_entropy import cross_entropy as cross_entropy
-    from .logistic import LogisticFit as LogisticFit
+    from .lockstep import LogisticFit as LogisticFit
     from .logistic import fit_logistic as fit_logistic
     from .neighbors import Neighbors as Neighbors
     from .neighbors import all_pairs_neighbors as all_pairs_neighbors

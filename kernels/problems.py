@@ -207,6 +207,8 @@ def check_labels(problems: Problems, n: int) -> np.ndarray:
     Raises:
       ValueError: a tile breaks a rule; names the tile and the value.
     """
+    if problems.count < 1:
+        raise ValueError(f"`problems.count` must be at least 1; got {problems.count}.")
     if problems.classes < 2:
         raise ValueError(
             f"`problems.classes` must be at least 2; got {problems.classes}."

@@ -11,7 +11,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from jaxling import kernels
-from jaxling.kernels import batching, logistic
+from jaxling.kernels import batching, lockstep
 
 
 def columns(problems):
@@ -219,11 +219,11 @@ def test_a_job_is_one_trace_and_batches_hold_every_problem(rng):
     problems = kernels.leave_folds_out(kernels.independent(tasks), folds)
     packed = batching.pack(problems)
     assert sorted(np.concatenate(packed.ids)) == list(range(24))
-    before = logistic._solve._cache_size()
+    before = lockstep.solve._cache_size()
     kernels.fit_logistic(x, problems)
     kernels.fit_logistic(np.stack([x, x]), problems)
     # The second call differs in the shape of `x`: one trace each.
-    assert logistic._solve._cache_size() - before == 2
+    assert lockstep.solve._cache_size() - before == 2
 
 
 def test_no_rows_by_problems_array(rng):
@@ -235,11 +235,11 @@ def test_no_rows_by_problems_array(rng):
     p, dtype = len(batch.owner), np.dtype("float32")
     spec = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     b, r = batch.rows.shape
-    rows = logistic._Rows(spec((b, r, logistic._padded(d))), spec(()))
+    rows = lockstep.Rows(spec((b, r, lockstep.padded_width(d))), spec(()))
     basis = jax.eval_shape(
-        lambda x: logistic._basis(x, packed.pairs, dtype), spec((n, d))
+        lambda x: lockstep.covariance_basis(x, packed.pairs, dtype), spec((n, d))
     )
-    lowered = logistic._solve.lower(
+    lowered = lockstep.solve.lower(
         rows, spec((n, d)), 0, batch, basis, spec((p,)),
         np.ones(p, bool), None, b, 5e-7, 500, outputs=1,
     )  # fmt: skip
@@ -290,6 +290,7 @@ def test_what_is_wrong_is_named(rng):
     refused("floating", x=np.arange(6).reshape(3, 2))
     refused("`l2`", l2=0.0)
     refused("`tolerance`", tolerance=0.0)
+    refused("`problems.count`", problems=kernels.Problems((), 0))
     refused("`start`", start=(np.zeros(4), np.zeros(1)))
     refused("row of each class", problems=problems._replace(tiles=(tile,)))
     for name, value, match in (

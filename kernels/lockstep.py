@@ -1,0 +1,496 @@
+"""Logistic problems of one batch, solved in lockstep.
+
+L-BFGS (Liu and Nocedal 1989, https://doi.org/10.1007/BF01589116), preconditioned by a
+low-rank covariance that all problems share. An iteration is two passes over the blocks
+of rows that still have unsolved problems, one for the margins of a step of length one
+and one for the gradient after the step; how many blocks there are is data, so blocks
+whose problems are solved cost nothing. The length of the step is one Newton step along
+it, safeguarded: a step that ends beyond the minimum and climbs is taken back and tried
+again at a quarter.
+
+Tiles of many blocks are first solved on an eighth of them, where most iterations go.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from . import batching
+
+RANK = 96  # of the covariance in the preconditioner
+MEMORY = 4  # pairs of L-BFGS
+SAMPLE_GAP = 0.3  # relative bound at which the phase on a sample of the rows ends
+SAMPLE_ITERATIONS = 30  # and the iterations after which it ends in any case
+PATIENCE = 25  # iterations without a better bound after which a problem is given up
+LANES = 16  # features and intercept are padded to a multiple, for aligned products
+
+
+class LogisticFit(NamedTuple):
+    """Solutions of `p` problems, with a leading `layer` axis where `x` has one.
+
+    weights:       `[p, d]`; `[p, classes, d]` for more than two classes.
+    intercepts:    `[p]`; `[p, classes]`.
+    objective:     `[p]` the penalised objective at the solution.
+    gradient_norm: `[p]` length of its gradient there, intercepts included.
+    gap:           `[p]` bound on objective - minimum.
+    iterations:    `[p]` int32, those on a sample of the rows included.
+    converged:     `[p]` gap <= tolerance * objective; False says: not solved to it.
+    """
+
+    weights: Array
+    intercepts: Array
+    objective: Array
+    gradient_norm: Array
+    gap: Array
+    iterations: Array
+    converged: Array
+
+
+class Rows(NamedTuple):
+    """Centred rows in blocks, a one after the features; the length of the longest."""
+
+    values: Float[Array, "b r D"]
+    reach: Float[Array, ""]
+
+
+class Basis(NamedTuple):
+    """Leading directions and variances of the rows; the mean of the other variances."""
+
+    directions: Float[Array, "D rank"]
+    variances: Float[Array, " rank"]
+    tail: Float[Array, ""]
+
+
+class _Job(NamedTuple):
+    """What does not change while a batch is solved; `d` features."""
+
+    stored: Rows
+    batch: batching.Batch
+    basis: Basis
+    l2: Float[Array, " p"]
+    real: Bool[Array, " p"]  # False where the batch is padded
+    tolerance: Float[Array, ""]
+    max_iterations: Int[Array, ""]
+    d: int
+
+
+class _State(NamedTuple):
+    """Where the iteration stands; `w` is weights and intercept, `k` outputs each."""
+
+    w: Float[Array, "p k D"]
+    gradient: Float[Array, "p k D"]
+    objective: Float[Array, " p"]
+    curvature: Float[Array, "p k"]
+    gap: Float[Array, " p"]
+    margins: Float[Array, "b c k r"]
+    steps: Float[Array, "b c k r"]
+    undo: Float[Array, " p"]  # length of a rejected step, still in the margins
+    limit: Float[Array, " p"]  # longest step allowed
+    moves: Float[Array, "m p k D"]
+    changes: Float[Array, "m p k D"]
+    inverse: Float[Array, "m p"]  # 1 / (move . change); 0 is an empty pair
+    newest: Int[Array, ""]
+    active: Bool[Array, " p"]
+    best: Float[Array, " p"]
+    patience: Int[Array, " p"]
+    iterations: Int[Array, " p"]
+    sampling: Bool[Array, ""]
+    restart: Bool[Array, ""]  # the margins are to be made from `w`
+    rounds: Int[Array, ""]
+
+
+def exact_product(a: Array, b: Array) -> Array:
+    """Never TF32 or bfloat16: the certificate needs the gradient's last digits."""
+    return jnp.matmul(
+        a, b, precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype
+    )
+
+
+def rows_of(x: Array, rows) -> Array:
+    """Rows of `[n, d]` or of `[layer, n, d]`, counted through all layers."""
+    return x.reshape(-1, x.shape[-1])[rows]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def covariance_basis(
+    x: Float[Array, "*l n d"], pairs: Int[Array, "2 m"], dtype
+) -> Basis:
+    """Spectrum of the covariance within tiles, from differences of pairs of rows."""
+    difference = rows_of(x, pairs[0]).astype(dtype) - rows_of(x, pairs[1]).astype(dtype)
+    m, d = difference.shape
+    covariance = exact_product(difference.T, difference) / (2 * m)
+    if d <= RANK + 32:
+        variances, directions = jnp.linalg.eigh(covariance)
+        tail = jnp.zeros((), dtype)
+    else:
+        span = jax.random.normal(jax.random.key(0), (d, RANK + 16), dtype)
+        for _ in range(3):  # subspace iteration: a preconditioner may be rough
+            span = jnp.linalg.qr(exact_product(covariance, span))[0]
+        inner = exact_product(span.T, exact_product(covariance, span))
+        variances, rotation = jnp.linalg.eigh(inner)
+        variances = variances[-RANK:]
+        directions = exact_product(span, rotation[:, -RANK:])
+        rest = jnp.trace(covariance) - jnp.sum(variances)
+        tail = jnp.maximum(rest, 0) / (d - RANK)
+    padded = jnp.pad(directions, ((0, padded_width(d) - d), (0, 0)))
+    # A direction without variance is not one along which a step may be unbounded.
+    floor = 1e-6 * variances[-1]
+    return Basis(padded, jnp.maximum(variances, floor), jnp.maximum(tail, floor))
+
+
+def padded_width(d: int) -> int:
+    return -(-(d + 1) // LANES) * LANES
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_blocks(b: int, r: int, d: int, dtype) -> Float[Array, "b r D"]:
+    """Space for the rows of a batch; the feature after the last one is the constant."""
+    return jnp.zeros((b, r, padded_width(d)), dtype).at[:, :, d].set(1)
+
+
+@functools.partial(jax.jit, static_argnames=("outputs",), donate_argnums=(0,))
+def solve(
+    stored: Rows,
+    x: Float[Array, "*l n d"],
+    offset: Int[Array, ""],
+    batch: batching.Batch,
+    basis: Basis,
+    l2: Float[Array, " p"],
+    real: Bool[Array, " p"],
+    begin,
+    gathered: Int[Array, ""],
+    tolerance: Float[Array, ""],
+    max_iterations: Int[Array, ""],
+    *,
+    outputs: int,
+) -> tuple[Rows, LogisticFit]:
+    """Solves a batch. The first `gathered` blocks of rows are read from `x` anew."""
+    d, dtype = x.shape[-1], stored.values.dtype
+    batch = batch._replace(rows=batch.rows + offset, centre=batch.centre + offset)
+    means = jnp.mean(rows_of(x, batch.centre).astype(dtype), axis=1)
+    stored = _gather(stored, x, batch, means, gathered)
+    p, (b, c, r), D = len(l2), batch.labels.shape, stored.values.shape[2]
+    zeros = functools.partial(jnp.zeros, dtype=dtype)
+    w = zeros((p, outputs, D))
+    if begin is not None:
+        centred = begin[1] + jnp.einsum("pkd,pd->pk", begin[0], means[batch.owner])
+        w = w.at[..., :d].set(begin[0]).at[..., d].set(centred)
+    state = _State(
+        w=w,
+        gradient=zeros((p, outputs, D)),
+        objective=jnp.full(p, jnp.inf, dtype),
+        curvature=jnp.ones((p, outputs), dtype),
+        gap=jnp.full(p, jnp.inf, dtype),
+        margins=zeros((b, c, outputs, r)),
+        steps=zeros((b, c, outputs, r)),
+        undo=zeros(p),
+        limit=jnp.full(p, jnp.inf, dtype),
+        moves=zeros((MEMORY, p, outputs, D)),
+        changes=zeros((MEMORY, p, outputs, D)),
+        inverse=zeros((MEMORY, p)),
+        newest=jnp.int32(0),
+        active=real,
+        best=jnp.full(p, jnp.inf, dtype),
+        patience=jnp.full(p, PATIENCE, jnp.int32),
+        iterations=jnp.zeros(p, jnp.int32),
+        sampling=jnp.any(batch.used & (batch.share != 1)) & (begin is None),
+        restart=jnp.array(True),
+        rounds=jnp.int32(0),
+    )
+    job = _Job(stored, batch, basis, l2, real, tolerance, max_iterations, d)
+    state = lax.while_loop(
+        lambda s: jnp.any(s.active), functools.partial(_iterate, job), state
+    )
+    weights = state.w[..., :d]
+    fit = LogisticFit(
+        weights=weights,
+        intercepts=state.w[..., d]
+        - jnp.einsum("pkd,pd->pk", weights, means[batch.owner]),
+        objective=state.objective,
+        gradient_norm=jnp.sqrt(_dot(state.gradient, state.gradient)),
+        gap=state.gap,
+        iterations=state.iterations,
+        converged=state.gap <= tolerance * state.objective,
+    )
+    return stored, fit
+
+
+def _gather(stored: Rows, x, batch: batching.Batch, means, gathered) -> Rows:
+    """Reads the rows of each block, less the mean of its group, into `stored`.
+
+    Centring changes the intercept only, which is free, and the conditioning much.
+    """
+
+    def one(i, stored: Rows) -> Rows:
+        rows = rows_of(x, batch.rows[i]).astype(means.dtype) - means[batch.group[i]]
+        longest = jnp.sqrt(jnp.max(jnp.sum(jnp.square(rows), axis=1)))
+        values = lax.dynamic_update_slice(stored.values, rows[None], (i, 0, 0))
+        return Rows(values, jnp.maximum(stored.reach, longest))
+
+    reach = jnp.where(gathered > 0, 0, stored.reach)
+    return lax.fori_loop(0, gathered, one, stored._replace(reach=reach))
+
+
+def _dot(a: Float[Array, "p k D"], b: Float[Array, "p k D"]) -> Float[Array, " p"]:
+    return jnp.einsum("pkd,pkd->p", a, b)
+
+
+def _losses(margins, labels, weights):
+    """Loss `[c, r]`, and its derivative and probabilities `[c, k, r]` by margin.
+
+    Of a row that is well classified the small numbers are kept: the probability of
+    the wrong classes, never one less that of the right one.
+    """
+    if margins.shape[1] == 1:
+        sign = 2 * labels[:, None].astype(margins.dtype) - 1
+        right = sign * margins
+        small = jnp.exp(-jnp.abs(right))
+        p = jnp.where(right >= 0, small, 1) / (1 + small)  # of the wrong class
+        loss = jnp.maximum(-right, 0) + jnp.log1p(small)
+        loss, residual = loss[:, 0], -sign * p
+    else:
+        p = jax.nn.softmax(margins, axis=1)
+        y = jax.nn.one_hot(labels, margins.shape[1], axis=1, dtype=margins.dtype)
+        wrong = jnp.sum(p * (1 - y), axis=1)
+        far = jax.nn.logsumexp(margins, axis=1) - jnp.sum(y * margins, axis=1)
+        loss = jnp.where(wrong < 0.5, -jnp.log1p(-jnp.minimum(wrong, 0.5)), far)
+        residual = jnp.where(y > 0, -wrong[:, None], p)
+    return weights * loss, *lax.optimization_barrier((weights[:, None] * residual, p))
+
+
+def _curve(residual, p, weights, steps):
+    """Sums over rows of the first and second derivative along `steps`, `[2, c]`."""
+    first = jnp.einsum("ckr,ckr->c", residual, steps)
+    if p.shape[1] == 1:
+        spread = p * (1 - p) * jnp.square(steps)
+    else:
+        mean = jnp.sum(p * steps, axis=1, keepdims=True)
+        spread = p * jnp.square(steps - mean)
+    return jnp.stack([first, jnp.einsum("cr,ckr->c", weights, spread)])
+
+
+class _Units(NamedTuple):
+    """The blocks that a pass visits: the first `count` of `blocks`, and their share."""
+
+    blocks: Int[Array, " b"]
+    count: Int[Array, ""]
+    share: Float[Array, " b"]
+
+
+def _units(job: _Job, s: _State) -> _Units:
+    """Blocks with an unsolved problem; in the first phase, of those the sampled."""
+    batch = job.batch
+    live = jnp.append(s.active, False)[batch.problem].any(axis=1)[batch.tile]
+    live = live & batch.used & ((batch.share > 0) | ~s.sampling)
+    blocks = jnp.nonzero(live, size=len(live), fill_value=0)[0]
+    return _Units(blocks, jnp.sum(live), jnp.where(s.sampling, batch.share, 1))
+
+
+def _visited(job: _Job, units: _Units, i):
+    """Block i of a pass: number, tile, problems of its columns, labels, weights."""
+    batch, block = job.batch, units.blocks[i]
+    tile, labels = batch.tile[block], batch.labels[block]
+    weights = (labels >= 0).astype(units.share.dtype) * units.share[block]
+    if batch.weights is not None:
+        weights = weights * batch.weights[block]
+    return block, tile, batch.problem[tile], labels, weights
+
+
+def _by_column(values: Array, problems: Int[Array, " c"]) -> Array:
+    return jnp.take(values, problems, axis=0, mode="clip")
+
+
+# In both passes a barrier keeps a block's values in hand, else they are computed anew
+# in every use. And a pass reads from one array and writes to another: an array that a
+# loop both reads and updates is copied whole for every block. Blocks that are not
+# visited lose their margins, which nobody reads again.
+
+
+def _forward(job: _Job, s: _State, units: _Units, direction):
+    """Margins where `w` stands and their steps along `direction`, `[b, c, k, r]`; the
+    first and second derivative of the losses after a step of length one, `[2, t, c]`.
+    """
+
+    def one(i, carry):
+        bases, steps, curve = carry
+        block, tile, problems, labels, weights = _visited(job, units, i)
+        own = _by_column(direction, problems).reshape(-1, direction.shape[2])
+        step = exact_product(own, job.stored.values[block].T)
+        step = lax.optimization_barrier(step.reshape(bases.shape[1:]))
+        undo = _by_column(s.undo, problems)[:, None, None]
+        base = s.margins[block] - undo * s.steps[block]
+        base = lax.optimization_barrier(jnp.where(s.restart, 0, base))
+        _, residual, probability = _losses(base + step, labels, weights)
+        both = _curve(residual, probability, weights, step)
+        return (
+            lax.dynamic_update_index_in_dim(bases, base, block, 0),
+            lax.dynamic_update_index_in_dim(steps, step, block, 0),
+            curve.at[:, tile].add(both),
+        )
+
+    empty = jnp.zeros_like(s.margins)
+    curve = jnp.zeros((2, *job.batch.problem.shape), s.w.dtype)
+    count = jnp.where(jnp.any(direction != 0), units.count, 0)
+    return lax.fori_loop(0, count, one, (empty, empty, curve))
+
+
+def _backward(job: _Job, units: _Units, bases, steps, length, d: int):
+    """After steps of `length`: margins, and by column the gradient, loss, curvature."""
+
+    def one(i, carry):
+        margins, gradient, loss, spread = carry
+        block, tile, problems, labels, weights = _visited(job, units, i)
+        own = _by_column(length, problems)[:, None, None]
+        moved = lax.optimization_barrier(bases[block] + own * steps[block])
+        losses, residual, p = _losses(moved, labels, weights)
+        flat = residual.reshape(-1, residual.shape[2])
+        sums = exact_product(flat, job.stored.values[block])
+        return (
+            lax.dynamic_update_index_in_dim(margins, moved, block, 0),
+            gradient.at[tile].add(sums.reshape(gradient.shape[1:])),
+            loss.at[tile].add(jnp.sum(losses, axis=1)),
+            spread.at[tile].add(jnp.einsum("cr,ckr->ck", weights, p * (1 - p))),
+        )
+
+    (t, c), k = job.batch.problem.shape, bases.shape[2]
+    zeros = functools.partial(jnp.zeros, dtype=length.dtype)
+    start = jnp.zeros_like(bases), zeros((t, c, k, d)), zeros((t, c)), zeros((t, c, k))
+    return lax.fori_loop(0, units.count, one, start)
+
+
+def _iterate(job: _Job, s: _State) -> _State:
+    """One step of every active problem."""
+    l2, d = job.l2, job.d
+    units = _units(job, s)
+    direction = jnp.where(s.restart, s.w, _direction(s, job.basis, l2, d))
+    direction = lax.optimization_barrier(direction)
+    downhill = _dot(s.gradient, direction) < 0
+    bases, steps, curve = _forward(job, s, units, direction)
+
+    # The length: one Newton step along the direction, from one.
+    along = direction.at[..., d].set(0)
+    bend = _sides(curve[1], job.batch) + l2 * _dot(along, along)
+    slope = _sides(curve[0], job.batch) + l2 * _dot(along, s.w + direction)
+    length = 1 - slope / jnp.maximum(bend, jnp.finfo(s.w.dtype).tiny)
+    length = jnp.minimum(jnp.clip(length, 0.2, 4.0), s.limit)
+    length = jnp.where(s.active & downhill, length, 0)
+    length = jnp.where(s.restart, 1.0, length).astype(s.w.dtype)
+
+    margins, gradient, loss, curvature = _backward(
+        job, units, bases, steps, length, s.w.shape[2]
+    )
+    step = length[:, None, None] * direction
+    w = jnp.where(s.restart, s.w, s.w + step)
+    penalised = w.at[..., d].set(0)
+    objective = _sides(loss, job.batch) + 0.5 * l2 * _dot(penalised, penalised)
+    gradient = _sides(gradient, job.batch) + l2[:, None, None] * penalised
+    curvature = _sides(curvature, job.batch)
+
+    # A step is kept if it ends before the minimum along it, or does not climb.
+    noise = 32 * jnp.finfo(w.dtype).eps * jnp.abs(s.objective)
+    before = length * _dot(gradient, direction) <= 0
+    kept = before | (objective <= s.objective + noise)
+    kept = (kept & jnp.isfinite(objective)) | s.restart
+    moved = s.active & kept
+
+    # The pair of L-BFGS, written over the oldest.
+    change = gradient - s.gradient
+    along = _dot(step, change)
+    paired = moved & (along > 0) & ~s.restart
+    newest = jnp.where(s.restart, s.newest, (s.newest + 1) % MEMORY)
+
+    def pushed(pairs, new, where):
+        new = jnp.where(where, new, pairs[newest])
+        return lax.dynamic_update_index_in_dim(pairs, new, newest, 0)
+
+    inverse = pushed(s.inverse, 1 / jnp.where(paired, along, 1), paired)
+    inverse = jnp.where(downhill | s.restart, inverse, 0)  # forget a bad memory
+
+    pick = moved[:, None, None]
+    gradient = jnp.where(pick, gradient, s.gradient)
+    objective = jnp.where(moved, objective, s.objective)
+    curvature = jnp.where(moved[:, None], curvature, s.curvature)
+    gap = jnp.where(moved, _gap(gradient, curvature, l2, job.stored.reach, d), s.gap)
+    better = (gap < s.best) | (objective < (1 - 1e-5) * s.objective)
+    patience = jnp.where(better, PATIENCE, s.patience - 1)
+    iterations, rounds = s.iterations + s.active, s.rounds + 1
+    wanted = jnp.where(s.sampling, SAMPLE_GAP, job.tolerance)
+    active = s.active & (gap > wanted * objective) & (patience > 0)
+    active = active & (iterations < job.max_iterations)
+    ends = s.sampling & (~jnp.any(active) | (rounds >= SAMPLE_ITERATIONS))
+    return _State(
+        w=jnp.where(pick, w, s.w),
+        gradient=gradient,
+        objective=objective,
+        curvature=curvature,
+        gap=gap,
+        margins=margins,
+        steps=steps,
+        undo=jnp.where(s.active & ~kept, length, 0),
+        limit=jnp.where(kept, jnp.inf, 0.25 * length).astype(w.dtype),
+        moves=pushed(s.moves, step, paired[:, None, None]),
+        changes=pushed(s.changes, change, paired[:, None, None]),
+        inverse=inverse,
+        newest=newest,
+        active=jnp.where(ends, job.real & (iterations < job.max_iterations), active),
+        best=jnp.where(ends, jnp.inf, jnp.minimum(gap, s.best)),
+        patience=jnp.where(ends, PATIENCE, patience),
+        iterations=iterations,
+        sampling=s.sampling & ~ends,
+        restart=ends,
+        rounds=rounds,
+    )
+
+
+def _sides(values: Array, batch: batching.Batch) -> Array:
+    """Sums the columns `[t, c, ...]` of each problem: `[p, ...]`."""
+    flat = values.reshape(-1, *values.shape[2:])
+
+    def side(j, total):
+        used = batch.slot_used[:, j].reshape(-1, *[1] * (flat.ndim - 1))
+        return total + jnp.where(used, flat[batch.slots[:, j]], 0)
+
+    p, sides = batch.slots.shape
+    return lax.fori_loop(0, sides, side, jnp.zeros((p, *flat.shape[1:]), flat.dtype))
+
+
+def _direction(s: _State, basis: Basis, l2, d: int) -> Float[Array, "p k D"]:
+    """Minus the inverse Hessian of L-BFGS times the gradient."""
+    order = [(s.newest - j) % MEMORY for j in range(MEMORY)]
+    q = -s.gradient
+    taken = []
+    for j in order:
+        a = s.inverse[j] * _dot(s.moves[j], q)
+        q = lax.optimization_barrier(q - a[:, None, None] * s.changes[j])
+        taken.append(a)
+    curvature = s.curvature[..., None]
+    flat = 1 / (l2[:, None, None] + curvature * basis.tail)
+    top = 1 / (l2[:, None, None] + curvature * basis.variances) - flat
+    floor = jnp.finfo(q.dtype).eps
+    intercept = q[..., d] / jnp.maximum(s.curvature, floor)
+    inner = exact_product(q, basis.directions) * top
+    q = (flat * q + exact_product(inner, basis.directions.T)).at[..., d].set(intercept)
+    for j, a in zip(order[::-1], taken[::-1]):
+        b = s.inverse[j] * _dot(s.changes[j], q)
+        q = lax.optimization_barrier(q + (a - b)[:, None, None] * s.moves[j])
+    return q
+
+
+def _gap(gradient, curvature, l2, reach, d: int) -> Float[Array, " p"]:
+    """Bound on objective - minimum.
+
+    Minimising over the intercept first leaves an l2-strongly convex function of w. Its
+    gradient is the one at the best intercept, which is at most 1.06 g_b / a away
+    (a: the curvature in b; the loss is self-concordant-like, so for g_b <= a / 10 the
+    curvature changes by at most a factor 1.12 on the way).
+    """
+    a = jnp.min(curvature, axis=1)
+    by_intercept = jnp.sqrt(jnp.sum(jnp.square(gradient[..., d]), axis=1))
+    by_weights = jnp.sqrt(_dot(gradient.at[..., d].set(0), gradient))
+    bound = jnp.square(by_weights + 1.2 * reach * by_intercept) / (2 * l2)
+    bound = bound + 0.6 * jnp.square(by_intercept) / a
+    return jnp.where(by_intercept <= 0.1 * a, bound, jnp.inf)
