@@ -1,0 +1,238 @@
+"""Logistic probes against scikit-learn over two processes, interleaved in one run.
+
+python -m experiments.benchmarks.probes --workload=paper
+
+Workloads:
+  paper   16 categories x 10 folds (160 problems), 30,000 x 768 synthetic rows
+  real    the same protocol on the embedding of --model, its 16 largest categories
+  pairs   435 one-vs-one pairs of 30 classes x 5 seeds, 6,000 x 768 synthetic rows
+  layers  the paper's on 12 layers, first call (compilation included) against one pass
+
+The first call is timed too: it includes tracing and compilation. Objectives are
+evaluated in float64 on the rows; "worse" counts the problems where ours is above
+scikit-learn's (default tolerance) times 1 + 1e-6.
+"""
+
+import json
+import resource
+import time
+
+import jax
+import joblib
+import numpy as np
+import optax
+from absl import app, flags
+from sklearn.linear_model import LogisticRegression
+
+from jaxling import checkpoints, kernels, probes, vocabulary, writing_systems
+
+from .. import common
+
+_WORKLOAD = flags.DEFINE_enum(
+    "workload", "paper", ["paper", "real", "pairs", "layers"], "What is timed."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved repetitions.")
+_OPTAX = flags.DEFINE_bool(
+    "optax", False, "Also vmapped optax L-BFGS (pairs, one seed)."
+)
+
+
+def clusters(n: int, d: int, classes: int, *, equal: bool, seed: int = 0):
+    """Unit rows around class centres, variances falling as 1 / i; and their classes."""
+    rng = np.random.default_rng(seed)
+    share = np.ones(classes) if equal else 1 / np.arange(1, classes + 1) ** 1.3
+    sizes = np.maximum((share / share.sum() * n).astype(int), min(500, n // classes))
+    sizes[0] += n - sizes.sum()
+    labels = np.repeat(np.arange(classes), sizes)
+    if not equal:
+        rng.shuffle(labels)
+    spread = np.arange(1, d + 1) ** -0.5
+    axes = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    centres = rng.standard_normal((classes, d))
+    centres *= 3 / np.linalg.norm(centres, axis=1, keepdims=True)
+    rows = rng.standard_normal((n, d)) * spread @ axes.T + centres[labels]
+    return probes.unit_rows(rows), labels
+
+
+def paper_problems(names):
+    """The protocol of the paper on 16 categories, and its problems one by one."""
+    kinds, counts = np.unique(names, return_counts=True)
+    largest = set(kinds[np.argsort(-counts)[:16]])
+    tasks = probes.one_vs_rest_tasks(list(names), least=10)
+    tasks = [task for name, task in tasks.items() if name in largest]
+    folds = [probes.stratified_folds(task.labels) for task in tasks]
+    problems = kernels.leave_folds_out(kernels.independent(tasks), folds, 10)
+    single = [
+        (task.rows[fold != f], task.labels[fold != f])
+        for task, fold in zip(tasks, folds)
+        for f in range(10)
+    ]
+    return problems, single
+
+
+def pair_problems(labels, seeds: int = 5, share: float = 1.0):
+    """All pairs of classes, each seed with its own draw of every class's rows."""
+    rng = np.random.default_rng(1)
+    classes = labels.max() + 1
+    size = np.bincount(labels).min()
+    keep = np.zeros((seeds, len(labels)), bool)
+    for seed in range(seeds):
+        for c in range(classes):
+            own = np.flatnonzero(labels == c)
+            keep[seed, rng.choice(own, int(share * size), replace=False)] = True
+    problems = kernels.one_vs_one(labels, keep=keep)
+    single = []
+    for seed in range(seeds):
+        for a, b in zip(*np.triu_indices(classes, 1)):
+            rows = np.flatnonzero(keep[seed] & ((labels == a) | (labels == b)))
+            single.append((rows, (labels[rows] == b).astype(int)))
+    return problems, single
+
+
+def _one(x, rows, labels):
+    model = LogisticRegression().fit(x[rows], labels)
+    return model.coef_[0], model.intercept_[0]
+
+
+def scikit_learn(x, single):
+    """Every problem on its own, two processes at a time."""
+    tasks = (joblib.delayed(_one)(x, *own) for own in single)
+    return joblib.Parallel(n_jobs=2)(tasks)
+
+
+def objective(x, rows, labels, weights, intercept) -> float:
+    """In float64; penalty 1."""
+    weights = np.asarray(weights, np.float64)
+    margins = x[rows].astype(np.float64) @ weights + float(intercept)
+    loss = np.logaddexp(0, np.where(labels == 1, -margins, margins)).sum()
+    return loss + 0.5 * np.square(weights).sum()
+
+
+def vmapped_optax(x, single):
+    """optax's L-BFGS with its zoom line search under vmap, to scikit-learn's rule."""
+    rows = np.stack([rows for rows, _ in single])
+    signs = np.stack([2.0 * labels - 1 for _, labels in single]).astype(np.float32)
+    own = jax.numpy.asarray(x)[rows]
+
+    def solve(x, sign):
+        def loss(v):
+            margins = sign * (x @ v[:-1] + v[-1])
+            return jax.numpy.sum(jax.nn.softplus(-margins)) + 0.5 * v[:-1] @ v[:-1]
+
+        solver = optax.lbfgs()
+        value_and_grad = optax.value_and_grad_from_state(loss)
+
+        def step(state):
+            v, inner, _, count = state
+            value, gradient = value_and_grad(v, state=inner)
+            updates, inner = solver.update(
+                gradient, inner, v, value=value, grad=gradient, value_fn=loss
+            )
+            return optax.apply_updates(v, updates), inner, gradient, count + 1
+
+        def unfinished(state):
+            far = jax.numpy.max(jax.numpy.abs(state[2])) / len(sign) > 1e-4
+            return far & (state[3] < 100)
+
+        zero = jax.numpy.zeros(x.shape[1] + 1)
+        start = (zero, solver.init(zero), zero + jax.numpy.inf, 0)
+        return jax.lax.while_loop(unfinished, step, start)[0]
+
+    solve_all = jax.jit(jax.vmap(solve))
+    jax.block_until_ready(solve_all(own, signs))
+    start = time.perf_counter()
+    jax.block_until_ready(solve_all(own, signs))
+    return time.perf_counter() - start
+
+
+def ours(x, problems):
+    """Fit with `x` on the device already, to the last result."""
+    return jax.block_until_ready(kernels.fit_logistic(x, problems))
+
+
+def timed(function, *arguments):
+    """Seconds and result."""
+    start = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - start, result
+
+
+def peak() -> float:
+    """Peak resident memory of this process, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(argv) -> None:
+    """Prints one JSON record."""
+    del argv
+    workload = _WORKLOAD.value
+    if workload == "real":
+        checkpoint = checkpoints.open_checkpoint(common.MODEL.value)
+        name = checkpoint.input_embeddings(common.TENSOR.value)
+        words = vocabulary.load_vocabulary(common.MODEL.value)
+        x = probes.unit_rows(checkpoint.read(name)[: len(words.strings)])
+        names = np.array(writing_systems.unicode_categories(words.strings))
+        problems, single = paper_problems(names)
+    elif workload == "pairs":
+        x, labels = clusters(6000, 768, 30, equal=True)
+        problems, single = pair_problems(labels)
+    else:
+        x, labels = clusters(30_000, 768, 16, equal=False)
+        problems, single = paper_problems(labels.astype(str))
+    record = {"workload": workload, "shape": x.shape, "problems": problems.count}
+    if workload == "layers":
+        rng = np.random.default_rng(2)
+        noise = [rng.standard_normal(x.shape, np.float32) for _ in range(12)]
+        layers = np.stack([probes.unit_rows(x + 0.01 * own) for own in noise])
+        del noise
+        seconds, _ = timed(lambda: [scikit_learn(layer, single) for layer in layers])
+        resident = jax.numpy.asarray(layers)
+        before = peak()
+        first, fit = timed(ours, resident, problems)
+        record |= {
+            "first_call": first,
+            "scikit_learn": seconds,
+            "ratio": seconds / first,
+            "again": timed(ours, resident, problems)[0],
+            "converged": bool(fit.converged.all()),
+            "peak_rise_over_features": (peak() - before) * 2**20 / resident.nbytes,
+        }
+        print(json.dumps(record))
+        return
+    resident = jax.block_until_ready(jax.numpy.asarray(x))
+    before = peak()
+    record["first_call"], fit = timed(ours, resident, problems)
+    rise = (peak() - before) * 2**20 / x.nbytes
+    scikit_learn(x, single[:4])  # the workers start
+    times = [
+        (timed(scikit_learn, x, single)[0], timed(ours, resident, problems)[0])
+        for _ in range(_ROUNDS.value)
+    ]
+    theirs = scikit_learn(x, single)
+    worse = excess = 0
+    for p, own in enumerate(single):
+        mine = objective(x, *own, fit.weights[p], fit.intercepts[p])
+        ratio = mine / objective(x, *own, *theirs[p]) - 1
+        worse, excess = worse + (ratio > 1e-6), max(excess, ratio)
+    their, our = np.array(times).T
+    record |= {
+        "scikit_learn": sorted(their.round(3).tolist()),
+        "ours": sorted(our.round(3).tolist()),
+        "ratio_of_medians": float(np.median(their) / np.median(our)),
+        "ratios": sorted((their / our).round(2).tolist()),
+        "iterations": np.bincount(np.asarray(fit.iterations)).nonzero()[0].tolist(),
+        "converged": int(fit.converged.sum()),
+        "worse": int(worse),
+        "largest_excess": float(excess),
+        "peak_rise_over_features": rise,
+    }
+    if _OPTAX.value and workload == "pairs":
+        one_seed, single = pair_problems(labels, seeds=1)
+        ours(resident, one_seed)
+        record["optax_435"] = vmapped_optax(x, single)
+        record["ours_435"] = timed(ours, resident, one_seed)[0]
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    app.run(main)
