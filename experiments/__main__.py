@@ -5,6 +5,7 @@ python -m experiments
 
 import ast
 import pathlib
+import sys
 import textwrap
 
 FIELDS = ("Default:", "Expect:")
@@ -43,8 +44,26 @@ def scripts() -> list[pathlib.Path]:
     return sorted(path for path in folder.glob("*.py") if path.stem not in skip)
 
 
+def markdown() -> str:
+    """The list as the README's table."""
+    rows = ["| experiment | question | with no flags | expect |", "|---|---|---|---|"]
+    for path in scripts():
+        found = describe(path)
+        cells = (
+            f"`{path.stem}`",
+            *(found[f] for f in ("question", "default", "expect")),
+        )
+        rows.append(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        )
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Prints the list."""
+    if sys.argv[1:] == ["--markdown"]:
+        print(markdown())
+        return
     for path in scripts():
         found = describe(path)
         print(f"{found['name']}\n    {found['question']}")

@@ -27,6 +27,12 @@ TENSOR = flags.DEFINE_string(
 SHARED_WITH = flags.DEFINE_list(
     "shared_with", [], "Keep only tokens that these tokenizers have too (ids or paths)."
 )
+MODELS = flags.DEFINE_list(
+    "models", ["demo-small"], "Further models, to compare with that of --model."
+)
+K = flags.DEFINE_integer(
+    "k", None, "Neighbours of each row; the experiment's own number when not given.", 1
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where results go; runs/<experiment> when not given."

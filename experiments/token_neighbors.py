@@ -44,7 +44,7 @@ from jaxling.report import pages, plots, tables
 
 from . import common
 
-_K = flags.DEFINE_integer("k", 50, "Neighbours of each token.", 1, 1024)
+_K = 50  # the paper's
 _SAMPLE = flags.DEFINE_float(
     "sample", None, "Share of the tokens to look at; all of them when not given.", 0, 1
 )
@@ -72,7 +72,7 @@ _PANEL = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     """Finds the neighbours, describes them, leaves tables, pictures and the page."""
     del argv
-    model = common.MODEL.value
+    model, k = common.MODEL.value, common.K.value or _K
     words = vocabulary.load_vocabulary(model, common.REVISION.value)
     checkpoint = checkpoints.open_checkpoint(model, common.REVISION.value)
     name = checkpoint.input_embeddings(common.TENSOR.value)
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     every = len(queries) == count - len(absent)
     swept = sweeps.sweep_neighbors(
         matrix,
-        k=_K.value,
+        k=k,
         rows=None if every else queries,
         skip=absent if len(absent) else None,
         path=run.workdir / "sweep.state",
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
     _save_table(run.workdir, tokens, labels, queries, ids, distances, occurrence)
     about = (
         f"{len(queries):,} of the {count - len(absent):,} tokens of {model}, each with"
-        f" its {_K.value} nearest among all of them by the cosine of {name}."
+        f" its {k} nearest among all of them by the cosine of {name}."
     )
     pages.save_browser(
         run.workdir / "browser.html",
@@ -281,7 +281,9 @@ def _describe(
             "tokens": len(found.rows),
             "rate": found.rate,
             "rate_of_random_lists": found.chance,
-            "rate_at": {k: found.rate_at(k) for k in (1, 5, 10, 20) if k <= _K.value},
+            "rate_at": {
+                k: found.rate_at(k) for k in (1, 5, 10, 20) if k <= ids.shape[1]
+            },
         }
     spans = neighborhoods.distinct_labels(ids, coded["writing_system"])
     return summary, neighborhoods.striking(

@@ -32,11 +32,6 @@ from jaxling.report import plots, tables
 
 from . import common
 
-_MODELS = flags.DEFINE_list(
-    "models",
-    ["demo-small"],
-    "Further vocabularies to compare with that of --model (tokenizers only).",
-)
 _UMAP = flags.DEFINE_enum(
     "umap", "auto", ["auto", "on", "off"], "auto: where umap-learn is installed."
 )
@@ -47,7 +42,7 @@ def main(argv: list[str]) -> None:
     del argv
     model = common.MODEL.value
     words = {model: vocabulary.load_vocabulary(model, common.REVISION.value)}
-    for other in [*_MODELS.value, *common.SHARED_WITH.value]:
+    for other in [*common.MODELS.value, *common.SHARED_WITH.value]:
         if other not in words:
             words[other] = vocabulary.load_vocabulary(other)
     checkpoint = checkpoints.open_checkpoint(model, common.REVISION.value)

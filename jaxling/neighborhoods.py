@@ -308,3 +308,38 @@ def _found(indices, rows, own, word_of, keys, words) -> np.ndarray:
 
 def _word(token: str) -> str:
     return token.removeprefix(SPACE).lower()
+
+
+def shared_neighbors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How many ids the two lists of each row have in common, int64 `[n]`.
+
+    Wen-Yi and Mimno, 2023, https://arxiv.org/abs/2311.18034, figure 7. With lists of k
+    the Jaccard index is `shared / (2 k - shared)`.
+
+    Args:
+      a, b: `[n, k]` and `[n, j]` ids over the same rows; no id twice in a list.
+    """
+    both = np.sort(np.concatenate([a, b], axis=1), axis=1)
+    return ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(axis=1)
+
+
+def shared_by_chance(
+    a: np.ndarray, b: np.ndarray, *, permutations: int = 20, seed: int = 0
+) -> np.ndarray:
+    """Mean of `shared_neighbors` when the second space's rows are relabelled at random.
+
+    A relabelling keeps everything about a space but which token sits where: hubs stay
+    hubs. So this is what two unrelated spaces of these shapes would share.
+
+    Returns:
+      `[permutations]` means.
+    """
+    a, b = np.asarray(a), np.asarray(b)
+    generator = np.random.default_rng(seed)
+    means = np.empty(permutations)
+    for i in range(permutations):
+        new = generator.permutation(len(b))
+        relabelled = np.empty_like(b)
+        relabelled[new] = np.where(b >= 0, new[np.maximum(b, 0)], -1)
+        means[i] = shared_neighbors(a, relabelled).mean()
+    return means
