@@ -147,6 +147,10 @@ class Encoder(model.Model):
         if token_type_ids is not None:
             model.check_ids(token_type_ids, self.spec.token_types, "token_type_ids")
 
+    def prompt(self, tokens: Array, decoder_tokens: Array | None) -> Array:
+        """Raises ValueError: `generate` has nothing to continue."""
+        raise ValueError("An encoder does not generate text.")
+
     def forward(
         self,
         tokens: Array,

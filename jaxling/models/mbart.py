@@ -59,7 +59,10 @@ FIXED = {
     # The row of positions that is zero; rows are offset by 2, so these are never used.
     "pad_token_id": (None, 0, 1),
 }
-IGNORED = ("tie_word_embeddings", "classif_dropout", "num_hidden_layers")
+IGNORED = (
+    "tie_word_embeddings", "classif_dropout", "num_hidden_layers", "_num_labels",
+    "save_step",
+)  # fmt: skip
 EMBEDDING, UNEMBEDDING = "(model.)shared.weight", "lm_head.weight"
 
 

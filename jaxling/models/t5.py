@@ -48,8 +48,9 @@ ATTRIBUTES_MULTILINGUAL = {
     "feed_forward_proj": "gated-gelu",
 }
 FIXED = {"is_encoder_decoder": (True,)}
-# The limit of T5's training; and what newer configs derive from feed_forward_proj.
-IGNORED = ("n_positions", "is_gated_act", "dense_act_fn")
+# The limit of T5's training; what newer configs derive from feed_forward_proj; and the
+# name that T5X gave to umT5's code.
+IGNORED = ("n_positions", "is_gated_act", "dense_act_fn", "scalable_attention")
 ALIASES = {
     "hidden_size": "d_model",
     "num_attention_heads": "num_heads",
