@@ -59,3 +59,15 @@ def logistic_objective(x, labels, weights, intercepts, l2, sample_weight=1.0):
         loss = np.log(np.exp(margins - top).sum(axis=1)) + top[:, 0]
         loss -= margins[np.arange(len(labels)), labels]
     return (sample_weight * loss).sum() + 0.5 * l2 * np.square(weights).sum()
+
+
+def cross_entropy(hidden, matrix, targets, weights, bias=None, softcap=None):
+    """Weighted sum of -log softmax(logits)[target]."""
+    h, u, w = (np.asarray(a, np.float64) for a in (hidden, matrix, weights))
+    logits = h @ u.T
+    if bias is not None:
+        logits = logits + np.asarray(bias, np.float64)
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    log_sum = np.logaddexp.reduce(logits, axis=1)
+    return np.sum(w * (log_sum - logits[np.arange(len(h)), targets]))

@@ -16,6 +16,7 @@ from .loop import Diverged as Diverged
 from .loop import Evaluation as Evaluation
 from .loop import Outcome as Outcome
 from .loop import evaluate as evaluate
+from .loop import loss_curve as loss_curve
 from .loop import train as train
 from .packing import Document as Document
 from .packing import TokenFile as TokenFile
@@ -23,5 +24,8 @@ from .packing import open_tokens as open_tokens
 from .packing import write_tokens as write_tokens
 from .recipe import OLMO as OLMO
 from .recipe import Recipe as Recipe
+from .recipe import check_recipe as check_recipe
 from .recipe import learning_rate as learning_rate
 from .steps import parameter_names as parameter_names
+from .text import lines_of as lines_of
+from .text import tokenize as tokenize

@@ -51,7 +51,7 @@ def check(
     model: nnx.Module, files: Mapping[str, TokenFile], recipe: Recipe, mesh: Mesh | None
 ) -> None:
     """Raises ValueError where model, data, recipe and devices do not fit together."""
-    recipes.check(recipe)
+    recipes.check_recipe(recipe)
     vocabulary = model.unembed_matrix.shape[0]
     for file in files.values():
         if file.largest >= vocabulary:
@@ -163,7 +163,6 @@ def train(
     saved = Snapshots(workdir / "snapshots", keep=keep)
     try:
         done, position = 0, packing.BEGINNING
-        measured: dict[str, Evaluation] = {}
         found = saved.restore()
         if found is not None:
             _check_identity(workdir, found.record["identity"], identity)
@@ -177,10 +176,19 @@ def train(
             seed=recipe.seed,
             position=position,
         )
+
+        def measure(parameters: recipes.Parameters) -> dict[str, Evaluation]:
+            return {
+                name: _evaluate(frame, parameters, held_out, recipe, mesh)
+                for name, held_out in files.items()
+            }
+
         with contextlib.closing(
             _Trail(workdir / "metrics.jsonl", done, recipe, progress)
         ) as trail:
-            run = _Run(recipe, saved, trail, identity)
+            run = _Run(saved, trail, identity)
+            if found is not None:
+                run.loss = found.record["loss"]
             step = done
             for step in range(done + 1, recipe.steps + 1):
                 batch, position = next(batches)
@@ -197,17 +205,15 @@ def train(
                 run.settle()
                 run.pending = step, metrics, rate, position
                 last = step == recipe.steps
-                due = last or (evaluate_every and step % evaluate_every == 0)
                 if last or step % snapshot_every == 0:
                     run.settle()
-                    run.held = step, snapshots.copied(state), position
-                if due:
+                    run.held = step, snapshots.copied(state), position, run.loss
+                if last or (evaluate_every and step % evaluate_every == 0):
                     run.settle()
-                    for name, held_out in files.items():
-                        measured[name] = _evaluate(
-                            frame, state.parameters, held_out, recipe, mesh
-                        )
-                        trail.evaluated(step, name, measured[name])
+                    measured = measure(state.parameters)
+                    trail.evaluated(step, measured)
+            if done == recipe.steps:
+                measured = measure(state.parameters)
             run.keep()
             steps.put_back(model, frame, state.parameters)
             rate = trail.tokens_per_second()
@@ -219,13 +225,10 @@ def train(
 class _Run:
     """What a step leaves to the next: its loss, and a snapshot that waits for proof."""
 
-    def __init__(
-        self, recipe: Recipe, saved: Snapshots, trail: "_Trail", identity: dict
-    ):
-        self.recipe, self.saved, self.trail = recipe, saved, trail
-        self.identity = identity
+    def __init__(self, saved: Snapshots, trail: "_Trail", identity: dict[str, Any]):
+        self.saved, self.trail, self.identity = saved, trail, identity
         self.pending: tuple[int, steps.Metrics, float, Position] | None = None
-        self.held: tuple[int, Any, Position] | None = None
+        self.held: tuple[int, Any, Position, float] | None = None
         self.loss = math.nan
 
     def settle(self) -> None:
@@ -260,10 +263,23 @@ class _Run:
     def keep(self) -> None:
         """Saves the snapshot that waited."""
         if self.held is not None:
-            step, state, position = self.held
-            record = {"identity": self.identity, "position": list(position)}
+            step, state, position, loss = self.held
+            record = {
+                "identity": self.identity,
+                "position": list(position),
+                "loss": loss,
+            }
             self.saved.save(step, state, record)
             self.held = None
+
+
+def loss_curve(workdir: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and losses of a run, from its `metrics.jsonl`; NaN where it diverged."""
+    with open(pathlib.Path(workdir) / "metrics.jsonl", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    found = [(r["step"], r["loss"]) for r in lines if "evaluation" not in r]
+    steps_, losses = zip(*found) if found else ((), ())
+    return np.array(steps_, int), np.array(losses, float)
 
 
 def _check_identity(
@@ -322,11 +338,13 @@ class _Trail:
         )
         self._bar.update(self._tokens)
 
-    def evaluated(self, step: int, name: str, measured: Evaluation) -> None:
-        """The line of an evaluation."""
-        line = {"step": step, "evaluation": name, **measured._asdict()}
-        self._write({**line, "perplexity": measured.perplexity})
-        self._bar.write(f"step {step}  {name}  loss {measured.loss:.4f}")
+    def evaluated(self, step: int, measured: dict[str, Evaluation]) -> None:
+        """The lines of an evaluation."""
+        for name, found in measured.items():
+            line = {"step": step, "evaluation": name, **found._asdict()}
+            self._write({**line, "perplexity": found.perplexity})
+            if not self._bar.disable:
+                self._bar.write(f"step {step}  {name}  loss {found.loss:.4f}")
 
     def _write(self, line: dict[str, Any]) -> None:
         line["seconds"] = round(time.perf_counter() - self._begin, 3)

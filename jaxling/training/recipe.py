@@ -58,7 +58,7 @@ OLMO = Recipe(
 )
 
 
-def check(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """Raises ValueError naming the setting, its rule and its value."""
     for name in ("steps", "batch", "length", "accumulate"):
         value = getattr(recipe, name)
