@@ -1,6 +1,7 @@
 """Texts with labels, and the vectors that a model has for them at every layer."""
 
 import csv
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -158,7 +159,7 @@ def states(
         encoded = tokenizer(
             [texts[i] for i in filled],
             padding=True,
-            pad_to_multiple_of=32,
+            pad_to_multiple_of=math.gcd(32, longest),
             truncation=True,
             max_length=longest,
             return_offsets_mapping=True,
