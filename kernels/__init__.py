@@ -41,7 +41,9 @@ else:
     from .lockstep import LogisticFit as LogisticFit
     from .logistic import fit_logistic as fit_logistic
     from .neighbors import Neighbors as Neighbors
+    from .neighbors import Proof as Proof
     from .neighbors import all_pairs_neighbors as all_pairs_neighbors
+    from .neighbors import cross_neighbors as cross_neighbors
     from .neighbors import csls_neighbors as csls_neighbors
     from .neighbors import k_occurrence as k_occurrence
     from .neighbors import merge_neighbors as merge_neighbors

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from . import dispatch, pairs, topk
+from . import concrete, dispatch, pairs, topk
 
 
 class Neighbors(NamedTuple):
@@ -25,6 +25,18 @@ class Neighbors(NamedTuple):
     indices: Int[Array, "n k"]
 
 
+class Proof(NamedTuple):
+    """How the neighbours of each query were shown to be the true ones.
+
+    Attributes:
+      unproved: rows that the filter's bound could not decide, and that were therefore
+        searched again, pair by pair where needed. Their mean is the share of rows
+        that fell back. All rows are exact.
+    """
+
+    unproved: Bool[Array, " n"]
+
+
 def nearest_neighbors(
     queries: ArrayLike,
     keys: ArrayLike,
@@ -32,7 +44,8 @@ def nearest_neighbors(
     k: int,
     metric: str = "cosine",
     implementation: str | None = None,
-) -> Neighbors:
+    with_proof: bool = False,
+) -> Any:
     """The k closest keys of each query, exactly.
 
     Equivalent, for cosine, to
@@ -51,7 +64,9 @@ def nearest_neighbors(
       k: how many neighbours, at least 1. Slots beyond the last valid key stay empty.
       metric: "cosine", "dot", or "l2" (squared Euclidean distance, ascending).
       implementation: "traced" is one compiled program, for use inside jit, vmap, grad
-        and shard_map; None chooses.
+        and shard_map; "streamed" is driven from the host, for concrete arrays, and
+        the fastest on a CPU; None chooses.
+      with_proof: return `(Neighbors, Proof)`.
 
     Returns:
       `Neighbors`, `[n, k]`. Invalid keys (NaN, Inf; zero rows under cosine) are
@@ -68,8 +83,9 @@ def nearest_neighbors(
             f" got {queries.shape} and {keys.shape}."
         )
     _check(k, metric)
-    chosen = dispatch.select("nearest_neighbors", _NEAREST, implementation, ("traced",))
-    return chosen(queries, keys, k=k, metric=metric)
+    chosen = dispatch.select("nearest_neighbors", _NEAREST, implementation, _ORDER)
+    found = chosen(queries, keys, k=k, metric=metric, named=implementation)
+    return found if with_proof else found[0]
 
 
 def all_pairs_neighbors(
@@ -79,7 +95,8 @@ def all_pairs_neighbors(
     metric: str = "cosine",
     include_self: bool = False,
     implementation: str | None = None,
-) -> Neighbors:
+    with_proof: bool = False,
+) -> Any:
     """The k closest rows of `x` for each of its rows, exactly.
 
     As `nearest_neighbors(x, x, ...)`; without `include_self` a row is not among its
@@ -90,10 +107,49 @@ def all_pairs_neighbors(
     """
     x = _matrix("x", x)
     _check(k, metric)
-    chosen = dispatch.select(
-        "all_pairs_neighbors", _ALL_PAIRS, implementation, ("traced",)
-    )
-    return chosen(x, k=k, metric=metric, include_self=include_self)
+    chosen = dispatch.select("all_pairs_neighbors", _ALL_PAIRS, implementation, _ORDER)
+    knobs = {"k": k, "metric": metric, "include_self": include_self}
+    found = chosen(x, **knobs, named=implementation)
+    return found if with_proof else found[0]
+
+
+def cross_neighbors(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    k: int,
+    metric: str = "cosine",
+    best_a: Any = None,
+    best_b: Any = None,
+    implementation: str | None = None,
+) -> tuple[Neighbors, Neighbors]:
+    """The k closest rows of `b` for each of `a`, and of `a` for each of `b`, exactly.
+
+    Equivalent to `nearest_neighbors(a, b, ...), nearest_neighbors(b, a, ...)`, from one
+    product: the step of a search over a matrix of many panels.
+
+    `best_a` and `best_b` are the k `Neighbors` that each row has from elsewhere. What
+    could not enter them may be left out of the result (those slots stay empty), which
+    spares most of the work: merge the two with `merge_neighbors`.
+
+    Raises:
+      ValueError: an argument has the wrong shape, dtype or value.
+    """
+    a, b = _matrix("a", a), _matrix("b", b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            "`a` and `b` must have the same number of columns;"
+            f" got {a.shape} and {b.shape}."
+        )
+    _check(k, metric)
+    for name, best, rows in (("best_a", best_a, a), ("best_b", best_b, b)):
+        if best is not None and best.scores.shape != (rows.shape[0], k):
+            raise ValueError(
+                f"`{name}` must hold [{rows.shape[0]}, {k}] neighbours;"
+                f" got {best.scores.shape}."
+            )
+    chosen = dispatch.select("cross_neighbors", _CROSS, implementation, _ORDER)
+    return chosen(a, b, best_a, best_b, k=k, metric=metric, named=implementation)
 
 
 def csls_neighbors(
@@ -244,22 +300,66 @@ def _scored(queries, keys, indices, metric) -> Neighbors:
 def _traced(queries, keys, excluded, *, k, metric):
     n, m = queries.shape[0], keys.shape[0]
     if n == 0 or m == 0:
-        return Neighbors(jnp.full((n, k), jnp.nan), jnp.full((n, k), -1, jnp.int32))
+        nothing = jnp.full((n, k), jnp.nan), jnp.full((n, k), -1, jnp.int32)
+        return Neighbors(*nothing), Proof(jnp.zeros(n, bool))
     sides = pairs.prepare(queries, keys, metric)
     found = topk.search(*sides, excluded, k=k, metric=metric)
-    return _scored(*sides, found.indices, metric)
+    return _scored(*sides, found.indices, metric), Proof(found.unproved)
 
 
-def _traced_nearest(queries, keys, *, k, metric):
+def _traced_nearest(queries, keys, *, k, metric, named):
     nobody = jnp.full(queries.shape[0], -1, jnp.int32)
     return _traced(queries, keys, nobody, k=k, metric=metric)
 
 
-def _traced_all_pairs(x, *, k, metric, include_self):
+def _traced_all_pairs(x, *, k, metric, include_self, named):
     ids = jnp.arange(x.shape[0], dtype=jnp.int32)
     excluded = jnp.full_like(ids, -1) if include_self else ids
     return _traced(x, x, excluded, k=k, metric=metric)
 
 
-_NEAREST = {"traced": _traced_nearest}
-_ALL_PAIRS = {"traced": _traced_all_pairs}
+def _traced_cross(a, b, best_a, best_b, *, k, metric, named):
+    knobs = {"k": k, "metric": metric, "named": named}
+    return _traced_nearest(a, b, **knobs)[0], _traced_nearest(b, a, **knobs)[0]
+
+
+def _streamed_nearest(queries, keys, *, k, metric, named):
+    _check_streamed(named, queries, keys)
+    sides = jnp.asarray(queries), jnp.asarray(keys)
+    return _from_host(concrete.nearest(*sides, k, metric))
+
+
+def _streamed_all_pairs(x, *, k, metric, include_self, named):
+    _check_streamed(named, x, x)
+    return _from_host(concrete.all_pairs(jnp.asarray(x), k, metric, include_self))
+
+
+def _streamed_cross(a, b, best_a, best_b, *, k, metric, named):
+    _check_streamed(named, a, b)
+    bests = (None if best is None else best.scores[:, -1] for best in (best_a, best_b))
+    found = concrete.cross(jnp.asarray(a), jnp.asarray(b), k, metric, *bests)
+    of_a, of_b = (_from_host(lists)[0] for lists in found)
+    return of_a, of_b
+
+
+def _check_streamed(named, *sides):
+    if any(isinstance(side, jax.core.Tracer) for side in sides):
+        raise dispatch.Unavailable("`streamed` needs concrete arrays, not traced ones.")
+    rows, keys = (side.shape[0] for side in sides)
+    if named is None:
+        if jax.default_backend() != "cpu":
+            raise dispatch.Unavailable("`streamed` is made for CPUs.")
+        if rows * keys < _WORTH_STREAMING:
+            raise dispatch.Unavailable("`streamed` is made for large inputs.")
+
+
+def _from_host(found: concrete.Lists) -> tuple[Neighbors, Proof]:
+    lists = jnp.asarray(found.scores), jnp.asarray(found.indices)
+    return Neighbors(*lists), Proof(jnp.asarray(found.unproved))
+
+
+_WORTH_STREAMING = 2048 * 2048  # pairs
+_ORDER = ("streamed", "traced")
+_NEAREST = {"streamed": _streamed_nearest, "traced": _traced_nearest}
+_ALL_PAIRS = {"streamed": _streamed_all_pairs, "traced": _traced_all_pairs}
+_CROSS = {"streamed": _streamed_cross, "traced": _traced_cross}

@@ -101,7 +101,7 @@ def accumulate_scores(
     for name, size in (("tile", tile), ("rows", rows)):
         if size < 1:
             raise ValueError(f"`{name}` must be at least 1; got {size}.")
-    score = score or _product
+    score = score or numerics.scores_f32
     n = queries.shape[0]
 
     def block(row_ids, block_queries):
@@ -138,10 +138,6 @@ def _is_reducer(node: Any) -> bool:
 
 def _each(reducers: Any, function: Callable[..., Any], *trees: Any) -> Any:
     return jax.tree.map(function, reducers, *trees, is_leaf=_is_reducer)
-
-
-def _product(queries: Float[Array, "r d"], keys: Float[Array, "t d"]) -> Array:
-    return numerics.matmul_f32(queries, keys.T)
 
 
 def _walk(reducers, score, row_ids, queries, keys, first_key, tile):

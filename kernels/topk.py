@@ -90,7 +90,7 @@ def pair_scores(
     @jax.checkpoint
     def block(xs):
         values, ids = xs
-        return pairs.pair_closeness(values[:, None], keys.values[ids], metric)
+        return pairs.pair_closeness(values, keys.values[ids], metric)
 
     blocks = _blocks(queries.values, rows), _blocks(jnp.maximum(indices, 0), rows)
     return lax.map(block, blocks).reshape(-1, k)[:n]
@@ -151,7 +151,7 @@ def _search_block(values, needed, excluded, bounds, key_values, tiles, k, metric
     size = min(r, size)
     exact = lax.map(
         lambda xs: pairs.pair_closeness(
-            xs[0][:, None], key_values[jnp.minimum(xs[1], m - 1)], metric
+            xs[0], key_values[jnp.minimum(xs[1], m - 1)], metric
         ),
         (_blocks(values, size), _blocks(ids, size)),
     ).reshape(-1, ids.shape[1])[:r]
@@ -223,7 +223,7 @@ def _exhaustive(values, excluded, tiles, m, k, metric):
     """The k best of every pair score; of equal ones the lower index."""
 
     def from_tile(tile):
-        exact = pairs.pair_closeness(values[:, None], tile.values[None], metric)
+        exact = pairs.every_closeness(values, tile.values, metric)
         ids = tile.first + jnp.arange(exact.shape[1], dtype=jnp.int32)
         allowed = tile.valid[None, :] & (ids[None, :] != excluded[:, None])
         cost = jnp.where(allowed, -exact, jnp.inf)

@@ -1,6 +1,7 @@
 """Nearest neighbours against the float64 definition, and laws of any input."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,28 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxling import kernels
+from jaxling.kernels import (
+    concrete,
+    dispatch,
+    pairs,
+    panels,
+    prefilter,
+    ranking,
+    streamed,
+)
 
 METRICS = ("cosine", "dot", "l2")
+IMPLEMENTATIONS = ("traced", "streamed")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Many tiles and panels already for a few hundred rows."""
+    monkeypatch.setattr(panels, "BLOCK", 128)
+    monkeypatch.setattr(panels, "SAMPLE", 256)
+    monkeypatch.setattr(panels, "_STEP", 64)
+    monkeypatch.setattr(streamed, "_STRIP", 64)
+    monkeypatch.setattr(concrete, "PANEL", 600)
 
 
 def assert_same(found, queries, keys, k, metric, excluded=None):
@@ -53,35 +74,48 @@ def assert_same(found, queries, keys, k, metric, excluded=None):
     assert (indices[:, :-1] < indices[:, 1:])[full & (a == b)].all()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     "n, m, d, k",
     [(1, 1, 1, 1), (7, 127, 5, 5), (257, 33, 16, 33), (3, 9001, 8, 60), (4, 9, 3, 20)],
 )
-def test_neighbors_match_the_oracle(rng, metric, n, m, d, k):
+def test_neighbors_match_the_oracle(rng, implementation, metric, n, m, d, k):
     queries, keys = rng.normal(size=(n, d)), rng.normal(size=(m, d))
     queries, keys = queries.astype(np.float32), keys.astype(np.float32)
-    found = kernels.nearest_neighbors(queries, keys, k=k, metric=metric)
+    found = kernels.nearest_neighbors(
+        queries, keys, k=k, metric=metric, implementation=implementation
+    )
     assert_same(found, queries, keys, k, metric)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("metric", METRICS)
-def test_half_precision_inputs_lose_nothing_more(rng, metric, dtype):
+def test_half_precision_inputs_lose_nothing_more(rng, metric, dtype, implementation):
     x = jnp.asarray(rng.normal(size=(300, 24)), dtype)
-    found = kernels.all_pairs_neighbors(x, k=10, metric=metric)
+    found = kernels.all_pairs_neighbors(
+        x, k=10, metric=metric, implementation=implementation
+    )
     rounded = np.asarray(x.astype(jnp.float32))
     assert_same(found, rounded, rounded, 10, metric, excluded=np.arange(300))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("metric", METRICS)
-def test_more_copies_than_k_are_found_in_order(rng, metric, include_self):
+def test_more_copies_than_k_are_found_in_order(
+    rng, metric, include_self, implementation
+):
     x = rng.normal(size=(400, 12)).astype(np.float32)
     x[100:190] = x[7]  # more than the candidate buffer holds
     x[200:204] = x[9]
     found = kernels.all_pairs_neighbors(
-        x, k=20, metric=metric, include_self=include_self
+        x,
+        k=20,
+        metric=metric,
+        include_self=include_self,
+        implementation=implementation,
     )
     excluded = None if include_self else np.arange(400)
     assert_same(found, x, x, 20, metric, excluded)
@@ -92,14 +126,17 @@ def test_more_copies_than_k_are_found_in_order(rng, metric, include_self):
             np.testing.assert_array_equal(found.indices[row], others[:20])
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("metric", METRICS)
-def test_rows_that_are_not_numbers_are_nobodys_neighbour(rng, metric):
+def test_rows_that_are_not_numbers_are_nobodys_neighbour(rng, metric, implementation):
     x = rng.normal(size=(60, 6)).astype(np.float32)
     x[3] = 0
     x[10, 2] = np.nan
     x[20, 1] = np.inf
     x[21, 5] = -np.inf
-    found = kernels.all_pairs_neighbors(x, k=58, metric=metric)
+    found = kernels.all_pairs_neighbors(
+        x, k=58, metric=metric, implementation=implementation
+    )
     assert_same(found, x, x, 58, metric, excluded=np.arange(60))
     invalid = {10, 20, 21} | ({3} if metric == "cosine" else set())
     assert not invalid & set(np.asarray(found.indices).ravel().tolist())
@@ -107,19 +144,27 @@ def test_rows_that_are_not_numbers_are_nobodys_neighbour(rng, metric):
         assert (found.indices[row] == -1).all() and np.isnan(found.scores[row]).all()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
-def test_huge_and_tiny_rows_neither_overflow_nor_vanish(rng, metric, scale):
+def test_huge_and_tiny_rows_neither_overflow_nor_vanish(
+    rng, metric, scale, implementation
+):
     x = rng.normal(size=(200, 8)).astype(np.float32) * np.float32(scale)
     x[::3] *= np.float32(0.01)
-    found = kernels.all_pairs_neighbors(x, k=9, metric=metric)
+    found = kernels.all_pairs_neighbors(
+        x, k=9, metric=metric, implementation=implementation
+    )
     assert_same(found, x, x, 9, metric, excluded=np.arange(200))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_constant_matrix_gives_the_first_rows(metric):
+def test_a_constant_matrix_gives_the_first_rows(metric, implementation):
     x = np.full((150, 4), 0.3, np.float32)
-    found = kernels.all_pairs_neighbors(x, k=5, metric=metric, include_self=True)
+    found = kernels.all_pairs_neighbors(
+        x, k=5, metric=metric, include_self=True, implementation=implementation
+    )
     np.testing.assert_array_equal(found.indices, np.tile(np.arange(5), (150, 1)))
 
 
@@ -129,19 +174,21 @@ def test_squared_distances_ascend_and_are_never_negative(rng):
     assert (np.asarray(scores) >= 0).all() and (np.diff(scores, axis=1) >= 0).all()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("metric", METRICS)
-def test_one_row_and_no_rows(metric):
+def test_one_row_and_no_rows(metric, implementation):
+    knobs = {"metric": metric, "implementation": implementation}
     one = np.ones((1, 3), np.float32)
     none = np.ones((0, 3), np.float32)
     for found, shape in [
-        (kernels.all_pairs_neighbors(one, k=2, metric=metric), (1, 2)),
-        (kernels.all_pairs_neighbors(none, k=2, metric=metric), (0, 2)),
-        (kernels.nearest_neighbors(one, none, k=3, metric=metric), (1, 3)),
-        (kernels.nearest_neighbors(none, one, k=3, metric=metric), (0, 3)),
+        (kernels.all_pairs_neighbors(one, k=2, **knobs), (1, 2)),
+        (kernels.all_pairs_neighbors(none, k=2, **knobs), (0, 2)),
+        (kernels.nearest_neighbors(one, none, k=3, **knobs), (1, 3)),
+        (kernels.nearest_neighbors(none, one, k=3, **knobs), (0, 3)),
     ]:
         assert found.indices.shape == found.scores.shape == shape
         assert (np.asarray(found.indices) == -1).all() and np.isnan(found.scores).all()
-    alone = kernels.all_pairs_neighbors(one, k=1, metric=metric, include_self=True)
+    alone = kernels.all_pairs_neighbors(one, k=1, **knobs, include_self=True)
     assert alone.indices.tolist() == [[0]]
 
 
@@ -209,6 +256,164 @@ def test_merging_parts_is_searching_the_whole(rng):
         for merged in (merge(merge(a, b), c), merge(a, merge(c, b))):
             np.testing.assert_array_equal(merged.indices, whole.indices)
             np.testing.assert_array_equal(merged.scores, whole.scores)
+
+
+def clustered(rng, rows=1500, d=32):
+    """Clusters larger than a word of the mask, copies, a common offset, odd rows."""
+    centres = rng.normal(size=(20, d))
+    x = 2 + centres[rng.integers(0, 20, rows)] + 0.1 * rng.normal(size=(rows, d))
+    x[300:420] = x[7]
+    x[900] = 0
+    x[901, 3] = np.nan
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("precision", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("metric", METRICS)
+def test_many_panels_of_clusters_match_the_oracle(rng, monkeypatch, metric, precision):
+    monkeypatch.setattr(prefilter, "dtype", lambda: np.dtype(precision))
+    x = clustered(rng)
+    found, proof = kernels.all_pairs_neighbors(
+        x, k=25, metric=metric, implementation="streamed", with_proof=True
+    )
+    assert_same(found, x, x, 25, metric, excluded=np.arange(len(x)))
+    assert proof.unproved.shape == (len(x),)
+    again = kernels.all_pairs_neighbors(
+        x, k=25, metric=metric, implementation="streamed"
+    )
+    for a, b in zip(found, again):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_crowded_tiles_give_up_rows_and_stay_exact(rng, monkeypatch, metric):
+    monkeypatch.setattr(streamed._Search, "_limit", lambda self, tile: 600)
+    x = clustered(rng)
+    found, proof = kernels.all_pairs_neighbors(
+        x, k=25, metric=metric, implementation="streamed", with_proof=True
+    )
+    assert proof.unproved.any()
+    assert_same(found, x, x, 25, metric, excluded=np.arange(len(x)))
+
+
+def test_a_few_rows_in_a_thousand_lack_a_proof(rng):
+    # The threshold is three standard deviations below the k-th neighbour: about one
+    # row in a thousand; five times that leaves room for chance.
+    x = rng.normal(size=(4096, 48)).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(panels, "SAMPLE", 1024)
+        patch.setattr(panels, "BLOCK", 512)
+        patch.setattr(concrete, "PANEL", 4096)
+        _, proof = kernels.all_pairs_neighbors(
+            x, k=20, implementation="streamed", with_proof=True
+        )
+    assert 0 <= proof.unproved.mean() < 0.005
+
+
+@pytest.mark.parametrize("center", [0.0, 1.0])
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_bound_holds_where_rounding_is_worst(rng, metric, center):
+    # Entries halfway between two bfloat16 numbers, all rounded the same way: the
+    # residuals line up with the rows, as Cauchy-Schwarz allows at most.
+    x = rng.choice([-1.0, 1.0], size=(64, 256)) * (1 + 2.0**-8 - 2.0**-16)
+    x = x.astype(np.float32)
+    x[32:] = x[:32] * np.float32(1 + 2.0**-10)
+    rows, _ = pairs.prepare(jnp.asarray(x), jnp.asarray(x), metric, one_scale=True)
+    middle = center * rows.values.mean(axis=0)
+    ids = jnp.arange(64, dtype=jnp.int32)
+    block = prefilter.operand(rows.values, ids, middle, metric, np.dtype(jnp.bfloat16))
+    largest = prefilter.Largest(
+        *(jnp.max(getattr(block, name)) for name in prefilter.Largest._fields)
+    )
+    bound = prefilter.bound(block, largest, jnp.linalg.norm(middle), metric)
+    b = np.asarray(block.values.astype(jnp.float32), np.float64)
+    bias = np.asarray(block.bias, np.float64)
+    filtered = b @ b.T + bias[:, None] + bias
+    exact = oracles.closeness(
+        rows.values, rows.values, "l2" if metric == "l2" else "dot"
+    )
+    exact = exact / (2 if metric == "l2" else 1)
+    error = np.abs(filtered - exact).max(axis=1)
+    assert (error <= np.asarray(bound)).all()
+    if metric == "dot" and not center:
+        assert (error > 0.5 * np.asarray(bound)).all()  # honest, not merely large
+
+
+def test_a_bound_that_lies_would_lose_a_neighbour(rng, monkeypatch):
+    # Row 0's true neighbour is filtered far too low, a decoy far too high.
+    x = rng.choice([-1.0, 1.0], size=(600, 256)).astype(np.float32)
+    x[1] = x[0] * np.where(np.arange(256) < 128, 1.0039, 0.9961).astype(np.float32)
+    x[2:40] = x[0] * rng.choice([0.99, 1.012], size=(38, 256)).astype(np.float32)
+    knobs = {"k": 3, "implementation": "streamed"}
+    assert_same(
+        kernels.all_pairs_neighbors(x, **knobs), x, x, 3, "cosine", np.arange(600)
+    )
+    monkeypatch.setattr(
+        prefilter, "bound", lambda rows, *_: jnp.full_like(rows.norm, -0.01)
+    )
+    lying = kernels.all_pairs_neighbors(x, **knobs)
+    _, expected = oracles.neighbors(x, x, 3, "cosine", np.arange(600))
+    assert (np.asarray(lying.indices) != expected).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_panels_brought_together_are_the_whole(rng, metric, implementation):
+    x = clustered(rng, rows=700)
+    first, second = x[:400], x[400:]
+    knobs = {"k": 12, "metric": metric, "implementation": implementation}
+    own = [kernels.all_pairs_neighbors(part, **knobs) for part in (first, second)]
+    for bests in ({}, {"best_a": own[0], "best_b": own[1]}):
+        found = kernels.cross_neighbors(first, second, **knobs, **bests)
+        if not bests:
+            assert_same(found[0], first, second, 12, metric)
+            assert_same(found[1], second, first, 12, metric)
+        parts = []
+        for mine, theirs, shifts in zip(own, found, ((0, 400), (400, 0))):
+            shifted = (
+                part._replace(
+                    indices=jnp.where(part.indices < 0, -1, part.indices + shift)
+                )
+                for part, shift in zip((mine, theirs), shifts)
+            )
+            parts.append(kernels.merge_neighbors(*shifted, metric=metric))
+        whole = (np.concatenate(pair) for pair in zip(*parts))
+        assert_same(whole, x, x, 12, metric, np.arange(700))
+
+
+def test_a_second_search_compiles_nothing(rng):
+    x = rng.normal(size=(700, 16)).astype(np.float32)
+    knobs = {"k": 7, "implementation": "streamed"}
+    kernels.all_pairs_neighbors(x, **knobs)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled = []
+        patch.setattr(
+            logging.getLogger("jax"), "handle", lambda record: compiled.append(record)
+        )
+        kernels.all_pairs_neighbors(x[::-1].copy(), **knobs)
+    assert not [r for r in compiled if "Compiling" in r.getMessage()]
+
+
+def test_ranks_order_as_closeness_then_id(rng):
+    closeness = rng.choice(
+        np.array([-np.inf, -2.5, -0.0, 0.0, 1e-30, 3.0, np.inf], np.float32), 200
+    )
+    ids = rng.permutation(200)
+    ranks = ranking.encode(closeness, ids)
+    order = np.lexsort((ids, -closeness))
+    np.testing.assert_array_equal(np.argsort(ranks), order)
+    back = ranking.decode(np.append(ranks, ranking.EMPTY))
+    np.testing.assert_array_equal(back[0], np.append(closeness, np.nan))
+    np.testing.assert_array_equal(back[1], np.append(ids, -1))
+
+
+def test_streaming_refuses_a_trace_and_says_why():
+    x = np.ones((4, 2), np.float32)
+    find = functools.partial(
+        kernels.all_pairs_neighbors, k=1, implementation="streamed"
+    )
+    with pytest.raises(dispatch.Unavailable, match="concrete"):
+        jax.jit(find)(x)
 
 
 def test_csls_matches_its_definition(rng):

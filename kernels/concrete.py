@@ -1,0 +1,227 @@
+"""The search for concrete arrays: panels of distinct rows, streamed, then completed.
+
+Only one of identical rows takes part. Rows without a proof are searched by `topk`,
+which scores every pair where it must. Everything here runs on the host; arrays are
+whole, or as much of them as a caller with a larger matrix brings at a time.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from . import duplicates, pairs, panels, ranking, streamed, topk
+
+PANEL = 32_768  # rows whose candidates are held together
+_FALLBACK = 128  # unproved rows searched together
+
+
+class Lists(NamedTuple):
+    """Neighbours on the host: what `neighbors.Neighbors` holds, and what proved them.
+
+    Attributes:
+      scores: float32, `[n, k]`; NaN where there is none.
+      indices: int32, `[n, k]`; -1 where there is none.
+      unproved: rows for which the streamed search was not enough.
+    """
+
+    scores: np.ndarray
+    indices: np.ndarray
+    unproved: np.ndarray
+
+
+def all_pairs(x: Array, k: int, metric: pairs.Metric, include_self: bool) -> Lists:
+    """The k closest rows of `x` for each of its rows."""
+    rows, _ = _prepare(x, x, metric, one_scale=True)
+    groups = duplicates.group(rows.values, np.asarray(rows.valid))
+    count = len(groups.first)
+    ranks = np.full((count, k), ranking.EMPTY)
+    proved = np.ones(count, bool)
+    alone = (groups.size == 1) & (not include_self)
+    parts = np.array_split(np.arange(count), -(-count // PANEL) or 1)
+    with panels.setting(rows.values, k, metric) as chosen:
+        done = []
+        for part in parts if count else []:
+            side = panels.panel(rows.values, groups.first[part], chosen)
+            own = groups.of_row[side.ids]
+            found = streamed.within(side, alone[own], chosen)
+            _merge(ranks, proved, own, found)
+            for earlier in done:
+                other = groups.of_row[earlier.ids]
+                floors = _floor(ranks[other]), _floor(ranks[own])
+                found = streamed.across(earlier, side, chosen, *floors)
+                _merge(ranks, proved, other, found[0])
+                _merge(ranks, proved, own, found[1])
+            done.append(side)
+    excluded = np.where(alone, groups.first, -1)
+    _complete(ranks, proved, groups, excluded, rows, rows, groups, k, metric)
+    return _expanded(
+        ranks, proved, rows, rows, groups, groups, metric, not include_self
+    )
+
+
+def nearest(queries: Array, keys: Array, k: int, metric: pairs.Metric) -> Lists:
+    """The k closest keys of each query."""
+    rows, others = _prepare(queries, keys, metric, one_scale=False)
+    mine, theirs = (
+        duplicates.group(side.values, np.asarray(side.valid)) for side in (rows, others)
+    )
+    ranks = np.full((len(mine.first), k), ranking.EMPTY)
+    proved = np.ones(len(mine.first), bool)
+    one_scale = metric != "dot"
+    with panels.setting(others.values, k, metric, one_scale=one_scale) as chosen:
+        for key_ids in _panels(theirs.first):
+            key_side = panels.panel(others.values, key_ids, chosen)
+            for row_ids in _panels(mine.first):
+                side = panels.panel(rows.values, row_ids, chosen)
+                own = mine.of_row[side.ids]
+                found, _ = streamed.across(
+                    side, key_side, chosen, _floor(ranks[own]), both=False
+                )
+                _merge(ranks, proved, own, found)
+    nobody = np.full(len(mine.first), -1)
+    _complete(ranks, proved, mine, nobody, rows, others, theirs, k, metric)
+    return _expanded(ranks, proved, rows, others, mine, theirs, metric)
+
+
+def cross(
+    a: Array,
+    b: Array,
+    k: int,
+    metric: pairs.Metric,
+    best_a: np.ndarray | None,
+    best_b: np.ndarray | None,
+) -> tuple[Lists, Lists]:
+    """The k closest rows of `b` for each of `a`, and of `a` for each of `b`.
+
+    Each `best`, a score per row or None, is that of the k-th neighbour a row has
+    already: what is worse may be left out.
+    """
+    sides = _prepare(a, b, metric, one_scale=True)
+    groups = [duplicates.group(s.values, np.asarray(s.valid)) for s in sides]
+    floors = [
+        _closeness(best, sides, metric, len(group.of_row))[group.first]
+        for best, group in zip((best_a, best_b), groups)
+    ]
+    ranks = [np.full((len(group.first), k), ranking.EMPTY) for group in groups]
+    proved = [np.ones(len(group.first), bool) for group in groups]
+    one_scale = metric != "dot"
+    with panels.setting(sides[1].values, k, metric, one_scale=one_scale) as chosen:
+        for b_ids in _panels(groups[1].first):
+            b_side = panels.panel(sides[1].values, b_ids, chosen)
+            b_own = groups[1].of_row[b_side.ids]
+            for a_ids in _panels(groups[0].first):
+                a_side = panels.panel(sides[0].values, a_ids, chosen)
+                a_own = groups[0].of_row[a_side.ids]
+                found = streamed.across(
+                    *(a_side, b_side, chosen),
+                    np.maximum(floors[0][a_own], _floor(ranks[0][a_own])),
+                    np.maximum(floors[1][b_own], _floor(ranks[1][b_own])),
+                )
+                _merge(ranks[0], proved[0], a_own, found[0])
+                _merge(ranks[1], proved[1], b_own, found[1])
+    lists = []
+    for me in (0, 1):
+        nobody = np.full(len(groups[me].first), -1)
+        both = sides[me], sides[1 - me]
+        _complete(
+            *(ranks[me], proved[me], groups[me], nobody, *both),
+            *(groups[1 - me], k, metric),
+        )
+        lists.append(
+            _expanded(
+                *(ranks[me], proved[me], *both, groups[me], groups[1 - me], metric)
+            )
+        )
+    return lists[0], lists[1]
+
+
+_prepare = jax.jit(pairs.prepare, static_argnames=("metric", "one_scale"))
+
+
+def _panels(ids: np.ndarray) -> list[np.ndarray]:
+    return np.array_split(ids, -(-len(ids) // PANEL)) if len(ids) else []
+
+
+def _floor(ranks: np.ndarray) -> np.ndarray:
+    """Closeness of the last neighbour; minus infinity where slots are empty."""
+    closeness, _ = ranking.decode(ranks[:, -1])
+    return np.where(np.isnan(closeness), -np.inf, closeness).astype(np.float32)
+
+
+def _closeness(best, sides, metric, rows) -> np.ndarray:
+    """Scores of the metric as closeness at the sides' scale, rounded down."""
+    if best is None:
+        return np.full(rows, -np.inf, np.float32)
+    value = np.asarray(best, np.float32)
+    # Beyond these limits the score may have lost what its closeness had.
+    known = (np.abs(value) > 1e-35) & (np.abs(value) < 1e35)
+    if metric == "cosine":
+        known = np.isfinite(value)
+    exponent = sum(int(side.exponent[0]) if len(side.exponent) else 0 for side in sides)
+    value = np.ldexp(np.where(known, value, 0), -exponent).astype(np.float32)
+    return np.where(known, -value if metric == "l2" else value, -np.inf)
+
+
+def _merge(
+    ranks: np.ndarray, proved: np.ndarray, rows: np.ndarray, found: panels.Ranked
+) -> None:
+    both = np.concatenate([ranks[rows], found.ranks], axis=1)
+    ranks[rows] = ranking.smallest(both, ranks.shape[1])
+    proved[rows] &= found.proved
+
+
+def _complete(ranks, proved, groups, excluded, rows, keys, key_groups, k, metric):
+    """Searches all keys again for the rows that are not proved."""
+    wanting = np.flatnonzero(~proved)
+    if not len(wanting) or not len(key_groups.first):
+        return
+    distinct = np.zeros(len(keys.valid), bool)
+    distinct[key_groups.first] = True
+    size = min(_FALLBACK, len(wanting))
+    for start in range(0, len(wanting), size):
+        part = wanting[start : start + size]
+        padded = np.resize(part, size)
+        closeness, ids = _searched(
+            *(rows, keys, groups.first[padded].astype(np.int32), distinct),
+            excluded[padded].astype(np.int32),
+            k=k,
+            metric=metric,
+        )
+        found = ranking.encode(np.asarray(closeness), np.asarray(ids))
+        found = np.sort(np.where(np.asarray(ids) < 0, ranking.EMPTY, found), axis=1)
+        ranks[part] = found[: len(part)]
+
+
+@functools.partial(jax.jit, static_argnames=("k", "metric"))
+def _searched(rows, keys, chosen, distinct, excluded, *, k, metric):
+    queries = pairs.Rows(*(part[chosen] for part in rows))
+    keys = keys._replace(valid=distinct)
+    found = topk.search(queries, keys, excluded, k=k, metric=metric, rows=_FALLBACK)
+    return topk.pair_scores(queries, keys, found.indices, metric), found.indices
+
+
+def _expanded(
+    ranks, proved, rows, keys, row_groups, key_groups, metric, drop_self=False
+) -> Lists:
+    """Neighbours of all rows among all keys, from those of and among distinct ones."""
+    k = ranks.shape[1]
+    if (key_groups.size > 1).any():
+        ranks = duplicates.spread(ranks, key_groups, k + drop_self)
+    full = np.full((len(row_groups.of_row), ranks.shape[1]), ranking.EMPTY)
+    present = np.flatnonzero(row_groups.of_row >= 0)
+    full[present] = ranks[row_groups.of_row[present]]
+    if drop_self and full.shape[1] > k:
+        itself = (full & 0xFFFFFFFF) == np.arange(len(full))[:, None]
+        full = np.sort(np.where(itself, ranking.EMPTY, full), axis=1)
+    closeness, ids = ranking.decode(full[:, :k])
+    value = -closeness if metric == "l2" else closeness
+    if metric != "cosine":
+        exponent = np.asarray(rows.exponent)[:, None] + np.asarray(keys.exponent[:1])
+        with np.errstate(over="ignore", under="ignore"):
+            value = np.ldexp(value, exponent).astype(np.float32)
+    unproved = np.zeros(len(full), bool)
+    unproved[present] = ~proved[row_groups.of_row[present]]
+    return Lists(value + np.float32(0), ids, unproved)
