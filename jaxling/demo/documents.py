@@ -1,29 +1,31 @@
 """What the demo models read: verses, verse pairs and word pairs, in a fixed mix.
 
-Of the documents 15% are one verse (" In the beginning ..."), 65% are a verse in two
-languages ("English: ...\\nSwahili: ..."), and 20% are word pairs in the prompt of the
-word-translation task (He et al., arXiv 2505.16385):
+The first fifth of the tokens are word pairs alone, in the prompt of word translation
+(He et al., arXiv 2505.16385), where only the translations count in the loss:
 
     Please translate words from English to Swahili.
 
     English: water
     Swahili: maji
 
-
-Verses are of the training books, words of training concepts. `UNSEEN_PAIRS` of
-languages meet in no document. Every document ends with `</s>`.
+Then of the documents 15% are one verse (" In the beginning ..."), 55% a verse in two
+languages ("English: ...\\nSwahili: ..."), and 30% word pairs as before. Verses are of
+the training books, words of training concepts: the lexicon's, and the looser pairs of
+`lexicons.mine`. `UNSEEN_PAIRS` of languages meet in no document. `</s>` ends each.
 """
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
+from jaxling.training import Document
+
 from . import text
 
-LONGEST = 256  # tokens a row of the packed arrays; longer documents are cut
-SHARES = {"verse": 0.15, "verse pair": 0.65, "word pairs": 0.20}
+LONGEST = 256  # positions of the models, and tokens of a document; longer ones are cut
+WORDS_FIRST = 0.2  # of the tokens
+SHARES = {"verse": 0.15, "verse pair": 0.55, "word pairs": 0.30}
 ENGLISH_WEIGHT = 3.0  # of language pairs with English against the others
 WORD_PAIRS = (3, 9)  # a document, bounds included
 UNSEEN_PAIRS = frozenset(
@@ -36,13 +38,6 @@ TEMPLATE_TOKENS = [
     *text.LANGUAGES.values(),
     *(f"▁{name}" for name in text.LANGUAGES.values()),
 ]
-
-
-class Packed(NamedTuple):
-    """Documents laid end to end, none across two rows."""
-
-    tokens: np.ndarray  # uint16 [row, length], 0 (padding) after the last document
-    segments: np.ndarray  # uint8 [row, length], 1, 2, ... by document, 0 for padding
 
 
 def word_prompt(source: str, target: str, pairs, word: str | None = None) -> str:
@@ -59,80 +54,89 @@ def word_prompt(source: str, target: str, pairs, word: str | None = None) -> str
     return prompt
 
 
-def documents(
-    tokenizer, verses: text.Verses, word_pairs, rng: np.random.Generator
-) -> Iterator[list[int]]:
-    """Draws documents without end.
+def training_documents(
+    tokenizer,
+    verses: text.Verses,
+    word_pairs: dict[tuple[str, str], list[tuple[str, str]]],
+    *,
+    tokens: int,
+    seed: int,
+) -> Iterator[Document]:
+    """Draws documents of about `tokens` tokens in all, in the order to train on.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
       verses: training verses.
-      word_pairs: `{(source, target): [(word, word), ...]}` of training concepts, each
-        pair of languages once, in the order of `text.LANGUAGES`.
-      rng: decides everything.
+      word_pairs: of training concepts by pair of languages, each pair once and in the
+        order of `text.LANGUAGES`.
+      tokens: at least so many are drawn.
+      seed: decides everything.
     """
-    end = [tokenizer.token_to_id("</s>")]
-
-    def encode(texts):
-        return [coded.ids for coded in tokenizer.encode_batch(texts)]
-
-    coded = {
-        language: encode([" " + verse for verse in column])
+    rng = np.random.default_rng(seed)
+    verse_codes = {
+        language: [
+            coded.ids for coded in tokenizer.encode_batch([" " + v for v in column])
+        ]
         for language, column in verses.text.items()
     }
     present = {
-        language: {row for row, verse in enumerate(column) if verse}
+        language: [row for row, verse in enumerate(column) if verse]
         for language, column in verses.text.items()
     }
-    name = {
-        language: encode([text.LANGUAGES[language] + ":", "\n"]) for language in coded
-    }
-    choices = [
+    pairs = [
         pair
-        for pair in itertools.combinations(coded, 2)
+        for pair in itertools.combinations(verse_codes, 2)
         if pair not in UNSEEN_PAIRS and pair in word_pairs
     ]
-    rows = {pair: sorted(present[pair[0]] & present[pair[1]]) for pair in choices}
-    singles = [(language, sorted(present[language])) for language in coded]
-    weights = np.array([ENGLISH_WEIGHT if "eng" in pair else 1.0 for pair in choices])
+    shared = {
+        pair: np.intersect1d(present[pair[0]], present[pair[1]]) for pair in pairs
+    }
+    weights = np.array([ENGLISH_WEIGHT if "eng" in pair else 1.0 for pair in pairs])
     weights /= weights.sum()
-    kinds, shares = list(SHARES), list(SHARES.values())
-    while True:
-        kind = kinds[rng.choice(len(kinds), p=shares)]
+    end = [tokenizer.token_to_id("</s>")]
+    newline = tokenizer.encode("\n").ids
+
+    def line(language: str, row: int) -> list[int]:
+        name = tokenizer.encode(text.LANGUAGES[language] + ":").ids
+        return name + verse_codes[language][row]
+
+    drawn = 0
+    while drawn < tokens:
+        kind = "word pairs"
+        if drawn >= WORDS_FIRST * tokens:
+            kind = list(SHARES)[rng.choice(len(SHARES), p=list(SHARES.values()))]
         if kind == "verse":
-            language, numbers = singles[rng.integers(len(singles))]
-            yield coded[language][numbers[rng.integers(len(numbers))]] + end
-            continue
-        pair = choices[rng.choice(len(choices), p=weights)]
-        turned = bool(rng.integers(2))
-        source, target = pair[::-1] if turned else pair
-        if kind == "verse pair":
-            row = rows[pair][rng.integers(len(rows[pair]))]
-            left, right = coded[source][row], coded[target][row]
-            first, second = name[source][0] + left, name[target][0] + right
-            yield first + name[source][1] + second + end
+            language = list(present)[rng.integers(len(present))]
+            row = present[language][rng.integers(len(present[language]))]
+            document = Document((verse_codes[language][row] + end)[:LONGEST])
         else:
-            known = word_pairs[pair]
-            size = rng.integers(WORD_PAIRS[0], WORD_PAIRS[1] + 1)
-            drawn = [known[i] for i in rng.integers(len(known), size=size)]
-            drawn = [entry[::-1] if turned else entry for entry in drawn]
-            yield tokenizer.encode(word_prompt(source, target, drawn)).ids + end
+            pair = pairs[rng.choice(len(pairs), p=weights)]
+            turned = bool(rng.integers(2))
+            source, target = pair[::-1] if turned else pair
+            if kind == "verse pair":
+                row = shared[pair][rng.integers(len(shared[pair]))]
+                both = line(source, row) + newline + line(target, row) + end
+                document = Document(both[:LONGEST])
+            else:
+                known = word_pairs[pair]
+                size = rng.integers(WORD_PAIRS[0], WORD_PAIRS[1] + 1)
+                chosen = [known[i] for i in rng.integers(len(known), size=size)]
+                chosen = [entry[::-1] if turned else entry for entry in chosen]
+                document = _word_document(tokenizer, source, target, chosen, end)
+        drawn += len(document.tokens)
+        yield document
 
 
-def pack(stream: Iterator[list[int]], rows: int) -> Packed:
-    """Fills `rows` rows of `LONGEST` tokens, each with the documents that fit whole."""
-    tokens = np.zeros((rows, LONGEST), np.uint16)
-    segments = np.zeros((rows, LONGEST), np.uint8)
-    waiting: list[int] = []
-    for row in range(rows):
-        used, number = 0, 0
-        while True:
-            document = waiting or next(stream)[:LONGEST]
-            if used + len(document) > LONGEST:
-                waiting = document
-                break
-            waiting, number = [], number + 1
-            tokens[row, used : used + len(document)] = document
-            segments[row, used : used + len(document)] = number
-            used += len(document)
-    return Packed(tokens, segments)
+def _word_document(tokenizer, source: str, target: str, pairs, end) -> Document:
+    """The prompt over `pairs`; targets are the translations and their line ends."""
+    tokens: list[int] = []
+    targets: list[bool] = []
+    for number, (word, translation) in enumerate(pairs):
+        prompt = word_prompt(source, target, [], word)
+        if number:
+            prompt = prompt[len(word_prompt(source, target, [])) :]
+        asked = tokenizer.encode(prompt).ids
+        answer = tokenizer.encode(f" {translation}\n\n").ids
+        tokens += asked + answer
+        targets += [False] * len(asked) + [True] * len(answer)
+    return Document((tokens + end)[:LONGEST], (targets + [True])[:LONGEST])

@@ -8,7 +8,7 @@ from jaxling import models
 
 from . import embedding, text
 
-LAYERS, HEAD_SIZE = 5, 32
+LAYERS, HEAD_SIZE = 4, 32
 WIDTHS = {"demo": 192, "demo-small": 96}
 _COPY = 0.03
 
