@@ -1,6 +1,6 @@
 """What the demo models read: verses, verse pairs and word pairs, in a fixed mix.
 
-The first fifth of the tokens are word pairs alone, in the prompt of word translation
+The first 15% of the tokens are word pairs alone, in the prompt of word translation
 (He et al., arXiv 2505.16385), where only the translations count in the loss:
 
     Please translate words from English to Swahili.
@@ -24,7 +24,7 @@ from jaxling.training import Document
 from . import text
 
 LONGEST = 256  # positions of the models, and tokens of a document; longer ones are cut
-WORDS_FIRST = 0.2  # of the tokens
+WORDS_FIRST = 0.15  # of the tokens
 SHARES = {"verse": 0.15, "verse pair": 0.55, "word pairs": 0.30}
 ENGLISH_WEIGHT = 3.0  # of language pairs with English against the others
 WORD_PAIRS = (3, 9)  # a document, bounds included
@@ -122,12 +122,12 @@ def training_documents(
                 size = rng.integers(WORD_PAIRS[0], WORD_PAIRS[1] + 1)
                 chosen = [known[i] for i in rng.integers(len(known), size=size)]
                 chosen = [entry[::-1] if turned else entry for entry in chosen]
-                document = _word_document(tokenizer, source, target, chosen, end)
+                document = word_document(tokenizer, source, target, chosen)
         drawn += len(document.tokens)
         yield document
 
 
-def _word_document(tokenizer, source: str, target: str, pairs, end) -> Document:
+def word_document(tokenizer, source: str, target: str, pairs) -> Document:
     """The prompt over `pairs`; targets are the translations and their line ends."""
     tokens: list[int] = []
     targets: list[bool] = []
@@ -139,4 +139,5 @@ def _word_document(tokenizer, source: str, target: str, pairs, end) -> Document:
         answer = tokenizer.encode(f" {translation}\n\n").ids
         tokens += asked + answer
         targets += [False] * len(asked) + [True] * len(answer)
+    end = [tokenizer.token_to_id("</s>")]
     return Document((tokens + end)[:LONGEST], (targets + [True])[:LONGEST])

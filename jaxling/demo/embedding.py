@@ -47,11 +47,10 @@ def initial_embedding(
     counts = np.zeros((size, len(verses.names)), np.float32)
     share = np.zeros((size, len(languages)), np.float32)
     for number, column in enumerate(verses.text.values()):
-        for row, coded in enumerate(
-            tokenizer.encode_batch([" " + verse for verse in column])
-        ):
-            np.add.at(counts[:, row], coded.ids, 1)
-            np.add.at(share[:, number], coded.ids, 1)
+        for row, coded in enumerate(tokenizer.encode_batch([" " + v for v in column])):
+            tokens, times = np.unique(coded.ids, return_counts=True)
+            counts[tokens.astype(int), row] += times
+            share[tokens.astype(int), number] += times
     total = share.sum(1)
     for number, language in enumerate(languages):
         for name in (text.LANGUAGES[language], "▁" + text.LANGUAGES[language]):

@@ -7,13 +7,14 @@ other held-out source words w', and its Score is P(y | w) minus their mean. Chan
 0.1 and 0. Resampling is by concept, as pairs of different languages share words.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxling import models
+from jaxling import kernels, models, writing_systems
 
 from . import documents, lexicons, text
 
@@ -166,10 +167,58 @@ def bootstrap(
     return Interval(float(np.mean(values)), float(low), float(high))
 
 
+class Summary(NamedTuple):
+    """Of one pair of languages or several together."""
+
+    items: int
+    first: Interval
+    score: Interval
+
+
+def summary(rankings: list[Ranking]) -> Summary:
+    """Shares and Scores of all items, with their intervals by concept."""
+    concepts = [concept for ranking in rankings for concept in ranking.concepts]
+    first = np.concatenate([ranking.first for ranking in rankings])
+    score = np.concatenate([ranking.score for ranking in rankings])
+    return Summary(
+        len(concepts), bootstrap(first, concepts), bootstrap(score, concepts)
+    )
+
+
+def neighbour_scripts(
+    model: models.Model, tokenizer, *, frequent: int = 100, k: int = 20
+) -> np.ndarray:
+    """How many writing systems the `k` nearest embeddings of each word have.
+
+    The words are the most frequent English lexicon words that are one token.
+    """
+    counts = Counter(
+        word for verse in text.verses("train").text["eng"] for word in text.words(verse)
+    )
+    known = [
+        w for w in concepts_of("eng") if tokenizer.token_to_id("▁" + w) is not None
+    ]
+    chosen = sorted(known, key=lambda word: (-counts[word], word))[:frequent]
+    rows = np.array([tokenizer.token_to_id("▁" + word) for word in chosen])
+    table = np.asarray(model.unembed_matrix, np.float32)
+    near = kernels.nearest_neighbors(table[rows], table, k=k + 1).indices
+    labels = np.array(
+        writing_systems.writing_systems(
+            [tokenizer.id_to_token(i) for i in range(len(table))]
+        )
+    )
+    scripts = set(labels) - {"Common", "Bytes", "Special", "Unknown"}
+    return np.array(
+        [len(set(labels[own[own != row]]) & scripts) for own, row in zip(near, rows)]
+    )
+
+
 def held_out_losses(
-    model: models.Model, tokenizer, *, verses_a_language: int = 100
+    model: models.Model, tokenizer, *, verses_a_language: int | None = 100
 ) -> dict[str, Loss]:
-    """Loss on evenly spaced held-out verses of each language, each a document.
+    """Loss on evenly spaced held-out verses (None: all) of each language.
+
+    A verse is a document.
 
     The unigram model is that language's token frequencies in the training verses,
     with one added to every token's count.
@@ -183,7 +232,8 @@ def held_out_losses(
             counts += np.bincount(coded.ids, minlength=len(counts))
         unigram = np.log(counts / counts.sum())
         present = [verse for verse in held_out.text[language] if verse]
-        spaced = np.linspace(0, len(present) - 1, verses_a_language).astype(int)
+        number = verses_a_language or len(present)
+        spaced = np.linspace(0, len(present) - 1, number).astype(int)
         coded = tokenizer.encode_batch([" " + present[i] for i in spaced])
         sequences = [c.ids[: documents.LONGEST] for c in coded if len(c.ids) > 1]
         sizes = np.array([len(sequence) - 1 for sequence in sequences])

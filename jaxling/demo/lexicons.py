@@ -219,6 +219,17 @@ def mine(verses: text.Verses) -> Mined:
     return Mined(lexicon, loose)
 
 
+def training_pairs(mined: Mined) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """What word prompts are drawn from: the lexicon's pairs thrice, the loose once.
+
+    The lexicon's are among the loose ones too.
+    """
+    return {
+        pair: 2 * mined.lexicon[(*pair, "train")] + loose
+        for pair, loose in mined.loose.items()
+    }
+
+
 def write(mined: Mined, folder: str | pathlib.Path = _FOLDER) -> None:
     """Writes one MUSE-style file for each pair of languages and split."""
     folder = pathlib.Path(folder)

@@ -7,6 +7,7 @@ the tokens of a prompt and of " " + answer are the tokens of both together, and 
 gives the text back unchanged.
 """
 
+import functools
 import json
 import pathlib
 from collections import Counter
@@ -26,6 +27,7 @@ SIZES = {
 SPACE = "▁"  # U+2581, as SentencePiece writes it
 END = "</s>"  # closes every document
 PAD = "<pad>"
+PACKAGED = pathlib.Path(__file__).parent / "models" / "demo" / "tokenizer.json"
 _RAREST = 3  # occurrences; characters seen less often are left to the bytes
 _PATTERN = rf"{SPACE}?[\p{{L}}\p{{M}}]+|\n|[^\p{{L}}\p{{M}}]"
 
@@ -54,18 +56,10 @@ def train(verses: text.Verses):
             for language in languages
             for verse in verses.text[language]
             for word in text.words(verse)
+            if all(characters[letter] >= _RAREST for letter in word)
         )
         part = tokenizers.Tokenizer(models.BPE())
-        trainer = trainers.BpeTrainer(
-            vocab_size=size,
-            show_progress=False,
-            initial_alphabet=[],
-            limit_alphabet=len(
-                {c for word in counts for c in word if characters[c] >= _RAREST}
-                - {SPACE}
-            )
-            + 1,
-        )
+        trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False)
         words = [word for word, count in sorted(counts.items()) for _ in range(count)]
         part.train_from_iterator(words, trainer)
         model = json.loads(part.to_str())["model"]
@@ -91,6 +85,14 @@ def train(verses: text.Verses):
     )
     whole.add_special_tokens([PAD, END])
     return whole
+
+
+@functools.cache
+def packaged():
+    """The demo models' `tokenizers.Tokenizer`."""
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_file(str(PACKAGED))
 
 
 def save(tokenizer, directory: str | pathlib.Path) -> None:
