@@ -1,32 +1,27 @@
 """How good a demo model is: words it never met in a prompt, verses it never read.
 
-Words: the word-translation task of He et al. (arXiv 2505.16385), five shots of training
-concepts. With P(y | w) = exp(mean log-probability of the tokens of y after the prompt
-for w), a held-out pair (w, y) is ranked first when P(y | w) is above P(y | w') of nine
-other held-out source words w', and its Score is P(y | w) minus their mean. Chance is
-0.1 and 0. Resampling is by concept, as pairs of different languages share words.
+Words are asked for as `word_translation` does, one draw of five examples of training
+concepts; a held-out word counts where its translation is likelier after it than after
+nine other held-out words (chance 0.1). Resampling is by concept, as pairs of different
+languages share words.
 """
 
+import tempfile
 from collections import Counter
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxling import kernels, models, writing_systems
+from jaxling import kernels, models, training, word_translation, writing_systems
 
 from . import documents, lexicons, text
 
-SHOTS, DISTRACTORS = 5, 9
 ORDERED_PAIRS = [
     *(("eng", language) for language in list(text.LANGUAGES)[1:]),
     *((language, "eng") for language in list(text.LANGUAGES)[1:]),
     ("lav", "ukr"),
     ("cop", "syc"),
 ]
-_BATCH = 40
-_HIDDEN = "ln_final.hook_normalized"
 
 
 class Interval(NamedTuple):
@@ -51,53 +46,6 @@ class Loss(NamedTuple):
     model: float
     unigram: float
     tokens: int
-
-
-@jax.jit
-def _hidden_states(model: models.Model, tokens):
-    _, cache = model.run_with_cache(tokens, names_filter=(_HIDDEN,))
-    return cache[_HIDDEN]
-
-
-@jax.jit
-def _picked(model: models.Model, hidden, targets):
-    logits = model.unembed(hidden)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=1)
-
-
-def mean_log_probabilities(
-    model: models.Model, sequences: list[list[int]], starts: list[int]
-) -> np.ndarray:
-    """Mean log-probability of each sequence's tokens from its start on, in nats.
-
-    Logits are made at those positions alone. Lengths are padded to multiples of 32 and
-    rows to full batches, so that few programs are compiled.
-    """
-    results = np.zeros(len(sequences))
-    order = np.argsort([len(sequence) for sequence in sequences], kind="stable")
-    for begin in range(0, len(order), _BATCH):
-        batch = order[begin : begin + _BATCH]
-        longest = -(-max(len(sequences[i]) for i in batch) // 32) * 32
-        tokens = np.zeros((_BATCH, longest), np.int32)
-        for row, i in enumerate(batch):
-            tokens[row, : len(sequences[i])] = sequences[i]
-        where = [
-            (row, position)
-            for row, i in enumerate(batch)
-            for position in range(starts[i], len(sequences[i]))
-        ]
-        rows, columns = np.array(where).T
-        hidden = _hidden_states(model, tokens)
-        padding = -len(rows) % 256
-        hidden = hidden[np.pad(rows, (0, padding)), np.pad(columns - 1, (0, padding))]
-        targets = np.pad(tokens[rows, columns], (0, padding))
-        values = np.asarray(_picked(model, hidden, targets))[: len(rows)]
-        sums = np.bincount(rows, values, minlength=_BATCH)
-        results[batch] = (sums / np.maximum(np.bincount(rows, minlength=_BATCH), 1))[
-            : len(batch)
-        ]
-    return results
 
 
 def concepts_of(language: str) -> dict[str, str]:
@@ -128,30 +76,22 @@ def rank_translations(
 ) -> Ranking:
     """Ranks `count` (all where None) pairs of a lexicon split, drawn with `seed`.
 
-    `tokenizer` is a `tokenizers.Tokenizer`. Distractors are sources of other concepts.
+    `tokenizer` is a `tokenizers.Tokenizer`.
     """
-    rng = np.random.default_rng(seed)
-    pairs = lexicons.lexicon(source, target, split)
-    known = lexicons.lexicon(source, target, "train")
+    pair = source, target
+    task = word_translation.build_task(
+        {pair: lexicons.lexicon(*pair, split)},
+        text.LANGUAGES,
+        examples={pair: lexicons.lexicon(*pair, "train")},
+        count=count,
+        seed=seed,
+    )
+    found = word_translation.score_task(model, tokenizer, task, draws=1, seed=seed)
     concept = concepts_of(source)
-    of = [concept.get(pair[0], pair[0]) for pair in pairs]
-    chosen = rng.permutation(len(pairs))[:count]
-    sequences, starts = [], []
-    for item in chosen:
-        shots = [known[i] for i in rng.permutation(len(known))[:SHOTS]]
-        others = [i for i in rng.permutation(len(pairs)) if of[i] != of[item]]
-        answer = tokenizer.encode(" " + pairs[item][1]).ids
-        for i in [item, *others[:DISTRACTORS]]:
-            prompt = documents.word_prompt(source, target, shots, pairs[i][0])
-            tokens = tokenizer.encode(prompt).ids
-            sequences.append(tokens + answer)
-            starts.append(len(tokens))
-    log_probabilities = mean_log_probabilities(model, sequences, starts)
-    table = np.exp(log_probabilities.reshape(len(chosen), 1 + DISTRACTORS))
     return Ranking(
-        [of[item] for item in chosen],
-        table[:, 0] > table[:, 1:].max(1),
-        table[:, 0] - table[:, 1:].mean(1),
+        [concept.get(item.word, item.word) for item in task.items],
+        found.rank == 0,
+        found.score,
     )
 
 
@@ -218,30 +158,36 @@ def held_out_losses(
 ) -> dict[str, Loss]:
     """Loss on evenly spaced held-out verses (None: all) of each language.
 
-    A verse is a document.
-
-    The unigram model is that language's token frequencies in the training verses,
-    with one added to every token's count.
+    A verse follows its language's name ("Basque: ..."), as in the verse pairs, for the
+    model it is compared with knows the language too: that language's token frequencies
+    in the training verses, with one added to every token's count.
     """
-    training, held_out = text.verses("train"), text.verses("held_out")
+    training_verses, held_out = text.verses("train"), text.verses("held_out")
+    recipe = training.Recipe(batch=16, length=documents.LONGEST)
     losses = {}
     for language in text.LANGUAGES:
-        seen = tokenizer.encode_batch([" " + v for v in training.text[language] if v])
+        present = [verse for verse in training_verses.text[language] if verse]
         counts = np.ones(tokenizer.get_vocab_size())
-        for coded in seen:
+        for coded in tokenizer.encode_batch([" " + verse for verse in present]):
             counts += np.bincount(coded.ids, minlength=len(counts))
         unigram = np.log(counts / counts.sum())
         present = [verse for verse in held_out.text[language] if verse]
         number = verses_a_language or len(present)
         spaced = np.linspace(0, len(present) - 1, number).astype(int)
+        name = tokenizer.encode(text.LANGUAGES[language] + ":").ids
         coded = tokenizer.encode_batch([" " + present[i] for i in spaced])
-        sequences = [c.ids[: documents.LONGEST] for c in coded if len(c.ids) > 1]
-        sizes = np.array([len(sequence) - 1 for sequence in sequences])
-        found = mean_log_probabilities(model, sequences, [1] * len(sequences))
-        predicted = np.concatenate([sequence[1:] for sequence in sequences])
-        losses[language] = Loss(
-            float(-(found * sizes).sum() / sizes.sum()),
-            float(-unigram[predicted].mean()),
-            int(sizes.sum()),
-        )
+        sequences = [c.ids[: documents.LONGEST - len(name)] for c in coded]
+        named = [
+            training.Document(
+                name + sequence, [False] * len(name) + [True] * len(sequence)
+            )
+            for sequence in sequences
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            file = training.write_tokens(
+                f"{folder}/verses", named, vocabulary_size=len(counts)
+            )
+            found = training.evaluate(model, file, recipe)
+        expected = float(-unigram[np.concatenate(sequences)].mean())
+        losses[language] = Loss(found.loss, expected, found.targets)
     return losses
