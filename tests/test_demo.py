@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from jaxling import demo, dictionaries, vocabulary
+from jaxling import demo, dictionaries, vocabulary, word_translation
 from jaxling.demo import documents, evaluation, lexicons, text, tokenizer
 
 
@@ -140,6 +140,17 @@ def test_a_prompt_and_its_answer_are_tokenized_apart(pieces):
     whole = pieces.encode(prompt + " moto").ids
     assert whole == pieces.encode(prompt).ids + pieces.encode(" moto").ids
     assert prompt.endswith("English: fire\nSwahili:")
+
+
+def test_prompts_are_those_of_the_task():
+    pair = ("eng", "swh")
+    task = word_translation.build_task(
+        {pair: demo.lexicon(*pair, "test")}, demo.LANGUAGES, count=1
+    )
+    shots = demo.lexicon(*pair, "train")[:3]
+    item = task.items[0]
+    asked = word_translation.prompt(task, item, shots, item.word)
+    assert asked == documents.word_prompt(*pair, shots, item.word)
 
 
 def test_the_tokenizer_is_what_is_trained(pieces, training_verses):
