@@ -250,7 +250,7 @@ class Translating(NamedTuple):
 def _sight_of(mask: Array) -> layers.Sight:
     """Every query sees every key of the other stack that is no padding."""
     everywhere = jnp.zeros((1, 1, mask.shape[1]), jnp.int32)
-    return layers.Sight(mask[:, None, None, None, :], everywhere)
+    return layers.Sight(mask[:, None, None, :], everywhere)
 
 
 def _prefixed(taps: Taps, prefix: str) -> Tap:
