@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxling.checkpoints import CheckpointError, open_checkpoint
+from jaxling.checkpoints import CheckpointError, locate, open_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TABLE = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -317,6 +318,29 @@ def test_without_torch_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r"jaxling\[torch\].*refs/pr/N"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (GOOD[:-1], r"e.weight' ends at byte 24"),
+        (GOOD, "--tensor=NAME: e.weight [2, 3]"),
+    ],
+)
+def test_the_command_line_ends_in_one_paragraph(tmp_path, content, problem):
+    for part in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(locate("demo-small") / part, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    run = subprocess.run(
+        [sys.executable, "-m", "jaxling.experiments.token_neighbors"]
+        + [f"--model={tmp_path}", f"--workdir={tmp_path / 'run'}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    said = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and problem in said[0] and str(tmp_path) in said[0]
 
 
 # Mutates real files and asks for everything. A file is either refused or read as an

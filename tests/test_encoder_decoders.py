@@ -133,7 +133,7 @@ def torch_rows(oracle, inputs, rows=range(3)):
         yield oracle(input_ids=ins, decoder_input_ids=outs, output_hidden_states=True)
 
 
-def test_both_stacks_and_the_logits_agree_with_transformers(checkpoint):
+def test_both_stacks_and_the_logits_agree_with_transformers(checkpoint, agree):
     path, oracle = checkpoint
     inputs = sequences()
     model = models.load(path)
@@ -156,12 +156,8 @@ def test_both_stacks_and_the_logits_agree_with_transformers(checkpoint):
         ):
             real = inputs[mask][row].astype(bool)
             for ours, theirs in zip(streams[side], hidden, strict=True):
-                np.testing.assert_allclose(
-                    ours[row][real], theirs[0], atol=TOLERANCE, rtol=0
-                )
-        np.testing.assert_allclose(
-            logits[row][real], outputs.logits[0], atol=TOLERANCE, rtol=0
-        )
+                agree("hidden", ours[row][real], theirs[0], TOLERANCE)
+        agree("logits", logits[row][real], outputs.logits[0], TOLERANCE)
     assert (model.unembedding is None) == (
         "untied" not in path.name
     ) or "t5" in path.name
@@ -179,7 +175,7 @@ def test_what_is_saved_transformers_loads_to_the_same_logits(checkpoint, tmp_pat
 
 
 @pytest.mark.parametrize("case", ["umt5", "mbart", "m2m_100"])
-def test_gradients_agree_with_transformers(case, build):
+def test_gradients_agree_with_transformers(case, build, agree):
     path, oracle = build(case)
     model = models.load(path)
     inputs = sequences()
@@ -207,7 +203,7 @@ def test_gradients_agree_with_transformers(case, build):
         ours, expected = np.delete(ours, 1, 0), np.delete(expected, 1, 0)
     # Relative to the largest: gradients add up the noise of every position.
     scale = max(np.abs(expected).max(), 1)
-    np.testing.assert_allclose(ours, expected, atol=5e-5 * scale, rtol=0)
+    agree("gradient", ours / scale, expected / scale, TOLERANCE)
 
 
 @pytest.mark.parametrize("case", ["t5", "umt5", "mbart", "m2m_100"])
