@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float
 # Stands for "not a token" in a tile. Finite, so that 0 * MASKED is 0 and not NaN.
 _MASKED = -1e30
 _GROUP = 32
+_TILE = 1 << 21  # logits alive at a time: 8 MiB
 
 
 class Projection(NamedTuple):
@@ -78,6 +80,10 @@ def project_layers(
     entropy, KL, target and top log-probabilities, group mass. The backward pass makes
     each tile anew instead of keeping it.
 
+    Concrete arrays are walked through by a loop of the host, traced ones by one
+    program; they agree to float32 rounding. A row of logits that is not a number has
+    token -1, rank -1 and NaN everywhere else.
+
     Args:
       hidden: `[layer, n, d]`; the last layer is the final one.
       unembed: `[vocab, d]`.
@@ -100,7 +106,7 @@ def project_layers(
 
     Raises:
       ValueError: shapes that do not fit, `k` beyond the vocabulary or a tile, a
-        non-positive `tile` or `block`.
+        target beyond the vocabulary, a non-positive `tile` or `block`.
     """
     hidden, unembed = jnp.asarray(hidden), jnp.asarray(unembed)
     if hidden.ndim != 3 or unembed.ndim != 2 or 0 in unembed.shape:
@@ -108,8 +114,13 @@ def project_layers(
             "`hidden` must be [layer, n, d] and `unembed` [vocab, d];"
             f" got {hidden.shape} and {unembed.shape}."
         )
-    layers, n, _ = hidden.shape
+    layers, n, width = hidden.shape
     vocab = unembed.shape[0]
+    if transform is None and unembed.shape[1] != width:
+        raise ValueError(
+            f"`unembed` must have {width} columns, as `hidden` has; got"
+            f" {unembed.shape[1]}."
+        )
     if tile < 1 or (block is not None and block < 1):
         raise ValueError(f"`tile` and `block` must be positive; got {tile}, {block}.")
     tile = min(tile, vocab)
@@ -120,144 +131,239 @@ def project_layers(
         if bias.shape != (vocab,):
             raise ValueError(f"`bias` must be [{vocab}]; got {bias.shape}.")
     if targets is not None:
-        targets = jnp.asarray(targets)
+        given, targets = targets, jnp.asarray(targets)
         if not jnp.issubdtype(targets.dtype, jnp.integer):
             raise ValueError(f"`targets` must be token ids; got {targets.dtype}.")
         targets = targets[:, None] if targets.ndim == 1 else targets
         if targets.ndim != 2 or targets.shape[0] != n:
-            raise ValueError(f"`targets` must be [{n}] or [{n}, t]; got another shape.")
+            raise ValueError(
+                f"`targets` must be [{n}] or [{n}, t]; got {np.shape(given)}."
+            )
+        if not isinstance(targets, jax.core.Tracer) and np.any(targets >= vocab):
+            raise ValueError(
+                f"`targets` must be below {vocab}, the vocabulary; got {targets.max()}."
+            )
     if groups is not None:
         groups = jnp.asarray(groups, jnp.float32)
         if groups.ndim != 2 or groups.shape[1] != vocab:
             raise ValueError(f"`groups` must be [g, {vocab}]; got {groups.shape}.")
-    block = block or max(1, 2**21 // (tile * max(layers, 1)))
+    block = min(block or max(1, _TILE // (tile * max(layers, 1))), max(n, 1))
+    # As many blocks as before, of one size, so that little padding is multiplied.
+    block = -(-n // max(1, -(-n // block))) or 1
     if not isinstance(transform, Partial):
         transform = Partial(transform or _same)
-    return _project(
-        *(hidden, unembed, transform, bias, targets, groups),
-        softcap=softcap,
-        k=k,
-        entropy=entropy,
-        divergence=divergence,
-        tile=tile,
-        block=min(block, max(n, 1)),
-    )
+    arrays = hidden, unembed, transform, bias, targets, groups
+    options = _Options(softcap, k, entropy, divergence, min(tile, vocab), block)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
+    project = _traced if traced or n == 0 else _streamed
+    return project(*arrays, options)
 
 
 def _same(hidden: Array) -> Array:
     return hidden
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("softcap", "k", "entropy", "divergence", "tile", "block"),
-)
-def _project(
-    hidden, unembed, transform, bias, targets, groups, *, block, **options
-) -> Projection:
-    """Pads the positions to whole blocks and projects block after block."""
+class _Options(NamedTuple):
+    softcap: float | None
+    k: int
+    entropy: bool
+    divergence: bool
+    tile: int
+    block: int
+
+
+class _Tile(NamedTuple):
+    """Some consecutive rows of the unembedding, and what belongs to them."""
+
+    keys: Array  # [tile, d]
+    bias: Array | None  # [tile]
+    groups: Array | None  # [g, tile]
+    ids: Array  # [tile]
+    fresh: Array  # [tile] bool: not seen in the tile before
+
+
+class _Block(NamedTuple):
+    """Some positions: what is multiplied, and what is asked about them."""
+
+    rows: Array  # [layer * block, d] in the dtype of the unembedding
+    targets: Array | None  # [block, t]
+    target_logits: Array | None  # [layer, block, t]
+
+
+def _streamed(hidden, unembed, transform, bias, targets, groups, options):
+    """A loop of the host over tiles, which serves every block of positions in turn.
+
+    On a CPU this is faster than the same loop inside one program, and each tile of
+    the unembedding is read once.
+    """
+    size, vocab = options.block, unembed.shape[0]
+    prepare, start, advance, finish = (
+        functools.partial(f, options=options)
+        for f in (_prepared, _initial, _advanced, _finished)
+    )
+    blocks = [
+        prepare(_cut(hidden, i, size, 1, 0), unembed, transform, bias, asked)
+        for i in range(0, hidden.shape[1], size)
+        for asked in [None if targets is None else _cut(targets, i, size, 0, -1)]
+    ]
+    carries = [start(block, layers=len(hidden), groups=groups) for block in blocks]
+    for i in range(-(-vocab // options.tile)):
+        tile = _tile_of(unembed, bias, groups, i, size=options.tile)
+        carries = [advance(*pair, tile) for pair in zip(carries, blocks)]
+        # Without waiting, tiles would queue up in memory.
+        jax.block_until_ready(carries[-1])
+    parts = [finish(*pair) for pair in zip(carries, blocks)]
+    return jax.tree.map(
+        lambda *x: jnp.concatenate(x, axis=1)[:, : hidden.shape[1]], *parts
+    )
+
+
+def _cut(x: Array, start: int, size: int, axis: int, filler: int) -> Array:
+    """`size` entries from `start` on, `filler` where there are no more."""
+    part = lax.slice_in_dim(x, start, min(start + size, x.shape[axis]), axis=axis)
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - part.shape[axis])
+    return jnp.pad(part, widths, constant_values=filler) if widths[axis][1] else part
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _traced(hidden, unembed, transform, bias, targets, groups, options):
+    """The same as one program: differentiable, and for use inside other programs."""
     layers, n, d = hidden.shape
-    padding = -n % block
-    blocks = (n + padding) // block
-    rows = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    rows = rows.reshape(layers, blocks, block, d).swapaxes(0, 1)
+    size, vocab = options.block, unembed.shape[0]
+    count = -(-n // size)
+    rows = jnp.pad(hidden, ((0, 0), (0, count * size - n), (0, 0)))
+    rows = rows.reshape(layers, count, size, d).swapaxes(0, 1)
     if targets is not None:
-        targets = jnp.pad(targets, ((0, padding), (0, 0)), constant_values=-1)
-        targets = targets.reshape(blocks, block, -1)
+        width = ((0, count * size - n), (0, 0))
+        targets = jnp.pad(targets, width, constant_values=-1)
+        targets = targets.reshape(count, size, -1)
 
     def one(inputs):
-        rows, targets = inputs
-        return _project_block(
-            transform(rows), unembed, bias, targets, groups, **options
-        )
+        block = _prepared(inputs[0], unembed, transform, bias, inputs[1], options)
 
-    found = lax.map(one, (rows, targets))
+        # Checkpointed: the backward pass recomputes a tile instead of keeping all.
+        @jax.checkpoint
+        def step(carry, i):
+            tile = _tile_of(unembed, bias, groups, i, size=options.tile)
+            return _advanced(carry, block, tile, options), None
+
+        carry = _initial(block, options, layers, groups)
+        steps = jnp.arange(-(-vocab // options.tile))
+        return _finished(lax.scan(step, carry, steps)[0], block, options)
 
     def gather(x):  # [blocks, layer, block, ...] -> [layer, n, ...]
         x = x.swapaxes(0, 1)
-        return x.reshape(layers, blocks * block, *x.shape[3:])[:, :n]
+        return x.reshape(layers, count * size, *x.shape[3:])[:, :n]
 
-    return jax.tree.map(gather, found)
+    return jax.tree.map(gather, lax.map(one, (rows, targets)))
 
 
-def _project_block(
-    hidden, unembed, bias, targets, groups, *, softcap, k, entropy, divergence, tile
-) -> Projection:
-    layers, block, d = hidden.shape
-    vocab = unembed.shape[0]
-    rows = hidden.reshape(layers * block, d).astype(unembed.dtype)
+@functools.partial(jax.jit, static_argnames="options")
+def _prepared(hidden, unembed, transform, bias, targets, options) -> _Block:
+    rows = transform(hidden)
+    rows = rows.reshape(-1, rows.shape[-1]).astype(unembed.dtype)
+    if targets is None:
+        return _Block(rows, None, None)
+    # The targets' logits, rounded as the sweep will round them: a product of another
+    # shape may sum in another order, and a token that equals the target would then
+    # rank above or below it by chance. So the targets' rows are multiplied as whole
+    # tiles, of which one entry per target is kept.
+    block, t = targets.shape
+    layers = len(hidden)
+    flat = jnp.clip(targets.reshape(-1), 0, unembed.shape[0] - 1)
+    padded = jnp.pad(flat, (0, -flat.size % options.tile)).reshape(-1, options.tile)
 
-    def logits_of(keys, bias) -> Float[Array, "tile layer block"]:
-        logits = jnp.einsum(
-            "vd,rd->vr",
-            keys,
-            rows,
-            preferred_element_type=jnp.float32,
-            precision=lax.Precision.HIGHEST,
-        )
-        if bias is not None:
-            logits = logits + bias[:, None]
-        if softcap is not None:
-            logits = softcap * jnp.tanh(logits / softcap)
-        return logits.reshape(-1, layers, block)
+    def one(ids):
+        shift = None if bias is None else bias[ids]
+        return _logits(rows, unembed[ids], shift, options.softcap)
 
-    target_logits = None
-    if targets is not None:
-        target_logits = _target_logits(logits_of, unembed, bias, targets, tile)
+    logits = lax.map(one, padded).reshape(-1, layers, block)[: block * t]
+    own = jnp.arange(block)
+    logits = logits.reshape(block, t, layers, block)[own, :, :, own]
+    return _Block(rows, targets, jnp.moveaxis(logits, 2, 0))
 
-    def step(carry, i):
-        # The last tile is moved back to end with the vocabulary; what it repeats is
-        # masked. Padding would copy the whole unembedding.
-        start = jnp.minimum(i * tile, vocab - tile)
-        ids = start + jnp.arange(tile)
-        keys = lax.dynamic_slice_in_dim(unembed, start, tile)
-        shift = None if bias is None else lax.dynamic_slice_in_dim(bias, start, tile)
-        logits = logits_of(keys, shift)
-        logits = jnp.where((ids >= i * tile)[:, None, None], logits, _MASKED)
-        members = None
-        if groups is not None:
-            members = lax.dynamic_slice_in_dim(groups, start, tile, axis=1)
-        new = _moments(carry, logits, members, entropy, divergence)
-        if k:
-            new["top"] = _merge_top(carry["top"], logits, start, k)
-        if targets is not None:
-            new["above"] = carry["above"] + _count_above(
-                logits, target_logits, targets, ids
-            )
-        return new, None
 
-    zeros = jnp.zeros((layers, block), jnp.float32)
+def _logits(rows, keys, bias, softcap) -> Float[Array, "tile rows"]:
+    exact = keys.dtype not in (jnp.bfloat16, jnp.float16)
+    logits = jnp.einsum(
+        "vd,rd->vr",
+        keys,
+        rows,
+        preferred_element_type=jnp.float32,
+        precision=lax.Precision.HIGHEST if exact else None,
+    )
+    if bias is not None:
+        logits = logits + bias[:, None]
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _tile_of(unembed, bias, groups, i, size) -> _Tile:
+    # The last tile is moved back to end with the vocabulary; what it repeats is not
+    # fresh. Padding would copy the whole unembedding.
+    start = jnp.minimum(i * size, unembed.shape[0] - size)
+    ids = start + jnp.arange(size)
+
+    def cut(x, axis=0):
+        return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis)
+
+    return _Tile(cut(unembed), cut(bias), cut(groups, 1), ids, ids >= i * size)
+
+
+@functools.partial(jax.jit, static_argnames=("options", "layers"))
+def _initial(block: _Block, options, layers, groups) -> dict:
+    zeros = jnp.zeros((layers, len(block.rows) // layers), jnp.float32)
     carry = {"max": zeros + _MASKED, "sum": zeros}
-    if entropy:
+    if options.entropy:
         carry["weighted"] = zeros
-    if divergence:
+    if options.divergence:
         carry["cross"] = zeros
     if groups is not None:
-        carry["mass"] = jnp.zeros((groups.shape[0], layers, block), jnp.float32)
-    if k:
-        empty = jnp.full((layers, block, k), _MASKED, jnp.float32)
-        carry["top"] = empty, jnp.zeros((layers, block, k), jnp.int32)
-    if targets is not None:
-        carry["above"] = jnp.zeros((layers, block, targets.shape[1]), jnp.int32)
-    steps = -(-vocab // tile)
-    # Checkpointed: the backward pass recomputes a tile instead of keeping all.
-    last, _ = lax.scan(jax.checkpoint(step), carry, jnp.arange(steps))
-    return _finish(last, target_logits, targets)
+        carry["mass"] = jnp.zeros((groups.shape[0], *zeros.shape), jnp.float32)
+    if options.k:
+        shape = (*zeros.shape, options.k)
+        carry["top"] = jnp.full(shape, _MASKED), jnp.zeros(shape, jnp.int32)
+    if block.targets is not None:
+        shape = (*zeros.shape, block.targets.shape[1])
+        carry["above"] = jnp.zeros(shape, jnp.int32)
+    return carry
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _advanced(carry: dict, block: _Block, tile: _Tile, options) -> dict:
+    """The carry after one more tile."""
+    logits = _logits(block.rows, tile.keys, tile.bias, options.softcap)
+    logits = logits.reshape(-1, *carry["max"].shape)
+    logits = jnp.where(tile.fresh[:, None, None], logits, _MASKED)
+    new = _moments(carry, logits, tile.groups, options.entropy, options.divergence)
+    if options.k:
+        new["top"] = _merge_top(carry["top"], logits, tile.ids[0], options.k)
+    if block.targets is not None:
+        new["above"] = carry["above"] + _count_above(
+            logits, block.target_logits, block.targets, tile.ids
+        )
+    return new
 
 
 def _moments(carry, logits, members, entropy, divergence):
     """The running maximum and the sums that are relative to it."""
     top = jnp.maximum(carry["max"], logits.max(0))
     shrink = jnp.exp(carry["max"] - top)
-    weight = lax.optimization_barrier(jnp.exp(logits - top))  # read thrice, made once
-    new = {"max": top, "sum": carry["sum"] * shrink + weight.sum(0)}
+    # Each sum makes its exponentials on the fly: behind the barrier the compiler does
+    # not see that they are the same, and would write them to memory otherwise.
+    again, final = lax.optimization_barrier((top, top[-1:]))
+    new = {"max": top}
+    new["sum"] = carry["sum"] * shrink + jnp.exp(logits - top).sum(0)
     if entropy:
-        weighted = jnp.sum(weight * logits, 0)
+        weighted = jnp.sum(jnp.exp(logits - again) * logits, 0)
         new["weighted"] = carry["weighted"] * shrink + weighted
     if divergence:
-        cross = jnp.sum(weight[:, -1:] * logits, 0)
+        weight = lax.optimization_barrier(jnp.exp(logits[:, -1:] - final))
+        cross = jnp.sum(weight * logits, 0)
         new["cross"] = carry["cross"] * shrink[-1] + cross
     if members is not None:
+        weight = jnp.exp(logits - top)
         mass = jnp.tensordot(members, weight, 1, precision=lax.Precision.HIGHEST)
         new["mass"] = carry["mass"] * shrink + mass
     return new
@@ -291,29 +397,6 @@ def _merge_top(best, logits, start, k):
     return scores, jnp.take_along_axis(ids, place, -1)
 
 
-def _target_logits(logits_of, unembed, bias, targets, tile):
-    """The targets' logits `[layer, block, t]`, rounded as the sweep will round them.
-
-    A product of another shape may sum in another order, and a token that equals the
-    target would then rank above or below it by chance. So the targets' rows are
-    multiplied as whole tiles, of which one entry per target is kept.
-    """
-    block, t = targets.shape
-    flat = jnp.maximum(targets.reshape(-1), 0)
-    padding = -flat.size % tile
-    padded = jnp.pad(flat, (0, padding)).reshape(-1, tile)
-
-    def one(ids):
-        shift = None if bias is None else bias[ids]
-        return logits_of(unembed[ids], shift)
-
-    logits = lax.map(one, padded)  # [tiles, tile, layer, block]
-    logits = logits.reshape(-1, *logits.shape[2:])[: block * t]
-    logits = logits.reshape(block, t, -1, block)
-    own = jnp.arange(block)
-    return jnp.moveaxis(logits[own, :, :, own], 2, 0)  # [layer, block, t]
-
-
 def _count_above(logits, target_logits, targets, ids):
     counts = []
     for j in range(targets.shape[1]):
@@ -323,8 +406,10 @@ def _count_above(logits, target_logits, targets, ids):
     return jnp.stack(counts, -1)
 
 
-def _finish(last, target_logits, targets) -> Projection:
+@functools.partial(jax.jit, static_argnames="options")
+def _finished(last: dict, block: _Block, options) -> Projection:
     log_sum_exp = last["max"] + jnp.log(last["sum"])
+    known = ~jnp.isnan(log_sum_exp)
     entropy = divergence = mass = None
     top_tokens = top_log_probs = agrees = log_probs = ranks = None
     if "weighted" in last:
@@ -339,10 +424,12 @@ def _finish(last, target_logits, targets) -> Projection:
     if "top" in last:
         scores, top_tokens = last["top"]
         top_log_probs = scores - log_sum_exp[..., None]
-        agrees = top_tokens[..., 0] == top_tokens[-1, :, 0]
-    if targets is not None:
-        wanted = targets >= 0
-        log_probs = target_logits - log_sum_exp[..., None]
+        # A row that is not a number says nothing.
+        top_tokens = jnp.where(known[..., None], top_tokens, -1)
+        agrees = (top_tokens[..., 0] == top_tokens[-1, :, 0]) & known
+    if block.targets is not None:
+        wanted = (block.targets >= 0) & known[..., None]
+        log_probs = block.target_logits - log_sum_exp[..., None]
         log_probs = jnp.where(wanted, log_probs, jnp.nan)
         ranks = jnp.where(wanted, last["above"], -1)
     return Projection(
