@@ -53,6 +53,29 @@ def read_pieces(folder: pathlib.Path) -> Pieces:
     return _checked(_made_by_transformers(folder), folder)
 
 
+def read_tokenizer(folder: pathlib.Path) -> Any:
+    """The `tokenizers.Tokenizer` in `folder`, without padding and truncation.
+
+    Raises:
+      ValueError: there is none, or it cannot be read.
+    """
+    import tokenizers
+
+    path = folder / "tokenizer.json"
+    if path.exists():
+        try:
+            found = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the only type it raises
+            raise ValueError(f"{path} is no tokenizer: {error}") from None
+    else:
+        found = getattr(_by_transformers(folder), "backend_tokenizer", None)
+        if found is None:
+            raise ValueError(f"transformers has no fast tokenizer for {folder}.")
+    found.no_padding()
+    found.no_truncation()
+    return found
+
+
 def _checked(pieces: Pieces, path: pathlib.Path) -> Pieces:
     if not pieces.ids:
         raise ValueError(f"{path} holds no token.")
@@ -187,12 +210,12 @@ def _added(content: Any, path: pathlib.Path) -> dict[str, int]:
         raise ValueError(f"{path} does not list added tokens: {error!r}.") from None
 
 
-def _made_by_transformers(folder: pathlib.Path) -> Pieces:
+def _by_transformers(folder: pathlib.Path) -> Any:
     """Any other tokenizer, made by transformers from local files alone."""
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
+        return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever a foreign reader makes of foreign files
@@ -201,6 +224,10 @@ def _made_by_transformers(folder: pathlib.Path) -> Pieces:
             " vocab.txt nor spiece.model, and transformers says"
             f" {type(error).__name__}: {error}"
         ) from None
+
+
+def _made_by_transformers(folder: pathlib.Path) -> Pieces:
+    tokenizer = _by_transformers(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return _described(json.loads(backend.to_str()), folder)

@@ -4,7 +4,7 @@ import pathlib
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,6 +55,16 @@ def load_vocabulary(
         tokens[i], strings[i] = pair
         special[i] = piece in pieces.special
     return Vocabulary(tokens, strings, special)
+
+
+def load_tokenizer(path_or_id: str | pathlib.Path, revision: str | None = None) -> Any:
+    """The `tokenizers.Tokenizer` of a directory, a built-in model or a hub id.
+
+    Raises:
+      ValueError: nothing is found there, or no tokenizer that can be read.
+    """
+    folder = checkpoints.locate(path_or_id, revision, tokenizer_files.FILES)
+    return tokenizer_files.read_tokenizer(folder)
 
 
 class Overlap(NamedTuple):

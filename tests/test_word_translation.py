@@ -120,6 +120,87 @@ def test_scores_equal_one_prompt_after_the_other(model, tokenizer):
         assert found.rank[i] == np.sum(p[1:] >= p[0])
 
 
+T5 = {
+    "model_type": "t5",
+    "vocab_size": 300,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_an_encoder_decoder_answers_in_its_decoder(tokenizer, by_tokens):
+    model = models.build(T5, jax.random.key(2))
+    built = task(2)
+    codes = {"eng": "e", "fra": "f"} if by_tokens else None
+    found = word_translation.score_task(
+        model,
+        tokenizer,
+        built,
+        shots=2,
+        draws=1,
+        seed=5,
+        batch=7,
+        language_tokens=codes,
+    )
+    rng = np.random.default_rng(5)
+    for i, item in enumerate(built.items):
+        shots = word_translation.draw_examples(built, item, rng, 0 if by_tokens else 2)
+        answer = tokenizer.encode(" " + item.answer).ids
+        p = []
+        for word in (item.word, *item.distractors):
+            if by_tokens:
+                ids = {code: tokenizer.token_to_id(codes[code]) for code in codes}
+                inputs = [ids[item.source], *tokenizer.encode(word).ids, 1]
+                opening = [0, ids[item.target]]
+            else:
+                text = word_translation.prompt(built, item, shots, word)
+                inputs, opening = tokenizer.encode(text).ids, [0]
+            decoded = np.array([[*opening, *answer]])
+            log_probs = jax.nn.log_softmax(
+                model(np.array([inputs]), decoder_tokens=decoded)[0]
+            )
+            places = range(len(opening) - 1, len(opening) - 1 + len(answer))
+            p.append(np.exp(np.mean([log_probs[t, a] for t, a in zip(places, answer)])))
+        np.testing.assert_allclose(found.probability[i], p[0], rtol=1e-4)
+        np.testing.assert_allclose(found.score[i], p[0] - np.mean(p[1:]), atol=1e-6)
+
+
+def test_summaries_are_means_within_their_intervals():
+    built = task(6)
+    score = np.arange(12.0)
+    rank = np.array([0, 3] * 6)
+    scores = word_translation.Scores(score, score, rank)
+    first, second = word_translation.summarize(built, scores)
+    assert (first.source, first.items, second.score.mean) == ("eng", 6, 8.5)
+    assert first.first.mean == 0.5 and first.rank.mean == 1.5
+    # The standard error of six consecutive numbers' mean is 0.70.
+    assert 0.8 < first.score.low < 1.6 and 3.4 < first.score.high < 4.2
+    codes, table = word_translation.matrix([p[:2] for p in (first, second)], [1, 2])
+    assert codes == ["eng", "fra"] and table[0, 1] == 1 and np.isnan(table[0, 0])
+
+
+def test_lexicons_are_read_in_both_directions(tmp_path):
+    (tmp_path / "a.txt").write_text("dog chien\ncat chat\n")
+    found = word_translation.read_lexicons([f"eng-fra:{tmp_path}/a.txt"])
+    assert found["fra", "eng"] == [("chien", "dog"), ("chat", "cat")]
+    for entry in ("eng:a.txt", "eng-eng:a.txt", "zh-hans-eng:a.txt"):
+        with pytest.raises(ValueError, match="source-target:path"):
+            word_translation.read_lexicons([entry])
+
+
+def test_word_vectors_are_means_of_rows(tokenizer, rng):
+    rows = rng.normal(size=(300, 4))
+    found = word_translation.word_vectors(rows, tokenizer, [("eng", "word1x")])
+    ids = tokenizer.encode(" word1x").ids
+    np.testing.assert_allclose(found["eng", "word1x"], rows[ids].mean(0), rtol=1e-6)
+
+
 def test_what_cannot_be_asked_is_said(model, tokenizer):
     with pytest.raises(ValueError, match="the task holds 13"):
         word_translation.score_task(model, tokenizer, task(), shots=20)
