@@ -9,10 +9,13 @@ The statistic is literal: a layer that firmly says a bare word marker counts as 
 too. Read it together with which tokens the pivots are.
 """
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from jaxling import lens, models, vocabulary, word_translation
+from jaxling.models import encoder_decoder
 
 CO_OCCURRENCE, PIVOT, NONE, SKIPPED = "co-occurrence", "pivot", "none", "skipped"
 RULES = ("firmest", "threshold")
@@ -127,3 +130,180 @@ def shares(kinds: Sequence[str]) -> Shares:
     return Shares(
         len(kinds), *(count[k] for k in (CO_OCCURRENCE, PIVOT, NONE, SKIPPED)), share
     )
+
+
+class Trace(NamedTuple):
+    """What every layer would say where an item's answer begins, and what follows.
+
+    Masses are summed softmax probabilities, `[layer, n]`: of the source word's tokens,
+    of the pivot (NaN unless the item has one), of the answer's tokens. A bare word
+    marker counts for neither word; a token of both words counts for both.
+    """
+
+    position: np.ndarray
+    """`[n]`: where in the prompt the lens is read."""
+    top_tokens: np.ndarray
+    """`[layer, n]`."""
+    probabilities: np.ndarray
+    """`[layer, n]`: those of the top tokens."""
+    source_mass: np.ndarray
+    pivot_mass: np.ndarray
+    answer_mass: np.ndarray
+    behaviours: Behaviours
+    source_tokens: list[list[int]]
+    answer_tokens: list[list[int]]
+
+
+def trace(
+    model: models.Model,
+    tokenizer: Any,
+    task: word_translation.Task,
+    *,
+    shots: int = 5,
+    seed: int = 0,
+    batch: int = 32,
+    rule: str = "firmest",
+    minimum: float | None = None,
+    pivots: Sequence[Collection[int]] | None = None,
+    reading: Callable[[models.Model, str], Any] = lens.LogitLens,
+    language_tokens: Mapping[str, str] | None = None,
+    progress: Callable[[Iterable], Any] = iter,
+) -> Trace:
+    """Reads all layers at the answer of every item, and classifies the items.
+
+    The answer is teacher-forced. The lens is read at the position that predicts its
+    first token that is more than a word marker (tokenizers that part the space from
+    the word have such tokens). One prompt per item, its examples drawn with `seed`.
+
+    Args:
+      model: a decoder, or an encoder-decoder (its decoder stack is read).
+      tokenizer: its `tokenizers.Tokenizer`.
+      task: the items.
+      shots: examples in a prompt.
+      batch: prompts at a time.
+      rule, minimum: as in `classify`.
+      pivots: tokens of each item's pivots, known from elsewhere (a corpus); by default
+        the token that decided, for items with the pivot behaviour.
+      reading: `LogitLens`, or makes another lens of a model and a stack.
+      language_tokens: as in `jaxling.word_translation.score_task`.
+      progress: wraps the iteration over batches (`tqdm.tqdm`).
+
+    Raises:
+      ValueError: as `score_task` and `classify`; an answer of nothing but markers.
+    """
+    rng = np.random.default_rng(seed)
+    markers = word_markers(tokenizer)
+    questions, position, sources, answers = [], [], [], []
+    for item in task.items:
+        shown = word_translation.draw_examples(
+            task, item, rng, 0 if language_tokens else shots
+        )
+        question = word_translation.encode(
+            model, tokenizer, task, item, shown, [item.word], language_tokens
+        )
+        [sequence], [start] = question.sequences, question.starts
+        said = [t for t in sequence[start:] if t not in markers]
+        if not said:
+            raise ValueError(f"The answer {item.answer!r} has no token of its own.")
+        first = next(i for i in range(start, len(sequence)) if sequence[i] == said[0])
+        own = tokenizer.encode(" " + item.word, add_special_tokens=False).ids
+        questions.append(question)
+        position.append(first - 1)
+        sources.append([t for t in own if t not in markers])
+        answers.append(said)
+    stack = "decoder." if isinstance(model, encoder_decoder.EncoderDecoder) else ""
+    view = reading(model, stack)
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].sequences[0]))
+    parts = []
+    for start in progress(range(0, len(order), batch)):
+        chosen = order[start : start + batch]
+        hidden = _hidden(
+            model, stack, [questions[i] for i in chosen], [position[i] for i in chosen]
+        )
+        own = [[column[i] for i in chosen] for column in (sources, answers)]
+        given = None if pivots is None else [pivots[i] for i in chosen]
+        parts.append(_read(view, hidden, own, given, rule, minimum, markers))
+    back = np.argsort(order)
+    arrays, kinds = zip(*parts)
+    joined = [np.concatenate(columns, -1)[..., back] for columns in zip(*arrays)]
+    top, probabilities, *masses, layer, token, firmest = joined
+    kind = [k for part in kinds for k in part]
+    decided = Behaviours([kind[i] for i in back], layer, token, firmest)
+    where = np.array(position)
+    return Trace(where, top, probabilities, *masses, decided, sources, answers)
+
+
+def word_markers(tokenizer: Any) -> frozenset[int]:
+    """Ids of tokens that mark the beginning of a word and hold nothing of it."""
+    ids = {tokenizer.token_to_id(text) for text in (vocabulary.SPACE, "\u0120", " ")}
+    return frozenset(ids - {None})
+
+
+def _hidden(model, stack, questions, position) -> np.ndarray:
+    """Every block's output at one position of each question, `[layer, n, d]`."""
+    tokens, mask = _padded([q.sequences[0] for q in questions])
+    name = stack + "resid_post"
+    if questions[0].inputs is None:
+        _, cache = model.run_with_cache(tokens, mask, names_filter=(name,))
+    else:
+        inputs, read = _padded([q.inputs[0] for q in questions])
+        _, cache = model.run_with_cache(
+            inputs, read, decoder_tokens=tokens, names_filter=(name,)
+        )
+    return cache[name][:, np.arange(len(questions)), np.array(position)]
+
+
+def _padded(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Padding to the right, to a multiple of 32: few lengths, so few programs."""
+    longest = -(-max(map(len, sequences)) // 32) * 32
+    tokens = np.zeros((len(sequences), longest), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = True
+    return tokens, mask
+
+
+def _read(view, hidden, own, pivots, rule, minimum, markers):
+    """One batch: the arrays of a `Trace`, `[..., n]`, and the kinds."""
+    seen = lens.project(view, hidden, k=1)
+    top = np.asarray(seen.top_tokens)[..., 0]
+    probabilities = np.exp(np.asarray(seen.top_log_probs)[..., 0])
+    found = classify(
+        *(top, probabilities, *own),
+        **dict(rule=rule, minimum=minimum, ignored=markers),
+    )
+    if pivots is None:
+        pivots = [[t] if k == PIVOT else [] for t, k in zip(found.token, found.kind)]
+    both = [{*a, *b} for a, b in zip(*own)]
+    pivots = [set(tokens) - other for tokens, other in zip(pivots, both)]
+    columns = [own[0], pivots, own[1]]
+    # One list of targets per item: the three sets behind each other, padded evenly so
+    # that batches share a compiled program.
+    size = -(-max(len(set(c)) for column in columns for c in column) // 8) * 8
+    targets = np.full((hidden.shape[1], 3, size), -1)
+    for place, column in enumerate(columns):
+        for row, tokens in enumerate(column):
+            targets[row, place, : len(set(tokens))] = sorted(set(tokens))
+    said = lens.project(view, hidden, targets=targets.reshape(len(targets), -1))
+    mass = np.exp(np.asarray(said.target_log_probs)).reshape(*top.shape, 3, size)
+    mass = np.where(np.isnan(mass).all(-1), np.nan, np.nansum(mass, -1))
+    arrays = (top, probabilities, *np.moveaxis(mass, -1, 0))
+    return (*arrays, found.layer, found.token, found.probability), found.kind
+
+
+def token_languages(task: word_translation.Task, tokenizer: Any) -> dict[int, set[str]]:
+    """Languages of the task that have a word with this token, by token.
+
+    From all words of items and examples. A token that is absent is in no word of the
+    task; one of several languages cannot be told apart by this.
+    """
+    words = word_translation.words_of(task.examples)
+    for item in task.items:
+        words.setdefault(item.source, set()).update((item.word, *item.distractors))
+        words.setdefault(item.target, set()).add(item.answer)
+    found: dict[int, set[str]] = {}
+    for language, tokens in word_translation.tokens_of(words, tokenizer).items():
+        for token in tokens:
+            found.setdefault(token, set()).add(language)
+    return found

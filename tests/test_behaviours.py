@@ -1,9 +1,12 @@
 """The classification rule, on hand-made layers and on a planted residual stream."""
 
+import jax
 import numpy as np
 import pytest
+import tokenizers
+from flax import nnx
 
-from jaxling import behaviours, kernels
+from jaxling import behaviours, kernels, models, word_translation
 
 SOURCE, ANSWER, PIVOT, OTHER = 1, 2, 3, 4
 
@@ -86,6 +89,78 @@ def test_a_planted_model_is_recovered_item_by_item(rng):
     counted = behaviours.shares(found.kind)
     assert counted.pivot == planted.sum() and counted.skipped == 0
     assert counted.pivot_share == pytest.approx(planted.mean())
+
+
+@pytest.fixture(scope="module")
+def parted():
+    """A tokenizer that parts the space from the word: its answers begin with a mark."""
+    words = ["<unk>", "\u2581", "Please", "translate", "words", "from", "to", ":", "."]
+    words += ["English", "French", "\n", *(f"w{i}" for i in range(14))]
+    words += [f"m{i}" for i in range(14)]
+    found = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>")
+    )
+    found.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    found.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex("\u2581|:|\\.|\n"), behavior="isolated"
+    )
+    return found
+
+
+def test_a_trace_reads_the_layers_where_the_answer_begins(parted):
+    """Against one prompt at a time and the models' own logits."""
+    config = dict(model_type="llama", vocab_size=50, hidden_size=32)
+    config |= dict(intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    graph, parameters = nnx.split(models.build(config, jax.random.key(3)))
+    # Matrices ten times those of a fresh model, so that layers differ.
+    grown = jax.tree.map(lambda a: a * (10 if a.ndim > 2 else 1), parameters)
+    model = nnx.merge(graph, grown)
+    model.unembedding[...] = model.unembedding[...] * 60
+    pairs = {("eng", "fra"): [(f"w{i}", f"m{i}") for i in range(14)]}
+    names = {"eng": "English", "fra": "French"}
+    task = word_translation.build_task(pairs, names, count=5)
+    found = behaviours.trace(model, parted, task, shots=2, seed=4, batch=2)
+    rng = np.random.default_rng(4)
+    for i, item in enumerate(task.items):
+        shots = word_translation.draw_examples(task, item, rng, 2)
+        text = word_translation.prompt(task, item, shots, item.word)
+        tokens = np.array([parted.encode(f"{text} {item.answer}").ids])
+        # Behind the colon stands a marker, which the answer follows.
+        assert found.position[i] == tokens.shape[1] - 2
+        assert found.answer_tokens[i] == [parted.token_to_id(item.answer)]
+        assert found.source_tokens[i] == [parted.token_to_id(item.word)]
+        _, cache = model.run_with_cache(tokens)
+        stream = cache["resid_post"][:, 0, -2]
+        p = np.asarray(jax.nn.softmax(model.unembed(model.final_norm(stream))))
+        np.testing.assert_array_equal(found.top_tokens[:, i], p.argmax(-1))
+        np.testing.assert_allclose(found.probabilities[:, i], p.max(-1), rtol=1e-4)
+        own = p[:, found.source_tokens[i][0]], p[:, found.answer_tokens[i][0]]
+        np.testing.assert_allclose(found.source_mass[:, i], own[0], rtol=1e-3)
+        np.testing.assert_allclose(found.answer_mass[:, i], own[1], rtol=1e-3)
+        decided = found.behaviours
+        if decided.kind[i] == "pivot" and decided.token[i] not in (
+            *found.source_tokens[i],
+            *found.answer_tokens[i],
+        ):
+            pivot = p[:, decided.token[i]]
+            np.testing.assert_allclose(found.pivot_mass[:, i], pivot, rtol=1e-3)
+        else:
+            assert np.isnan(found.pivot_mass[:, i]).all()
+    assert "pivot" in found.behaviours.kind  # or the branch above was never taken
+    given = behaviours.trace(
+        model, parted, task, shots=2, seed=4, pivots=[{40, 41}] * 5, minimum=1.0
+    )
+    assert set(given.behaviours.kind) == {"none"}
+    assert np.isfinite(given.pivot_mass).all()
+
+
+def test_tokens_are_of_the_languages_whose_words_hold_them(parted):
+    item = word_translation.Item("eng", "fra", "w1", "m1", ("w2",))
+    task = word_translation.Task({}, {("eng", "fra"): [("w3", "w2")]}, [item])
+    found = behaviours.token_languages(task, parted)
+    expected = {"w1": {"eng"}, "m1": {"fra"}, "w2": {"eng", "fra"}, "w3": {"eng"}}
+    for word, languages in expected.items():
+        assert found[parted.token_to_id(word)] == languages
 
 
 def test_what_does_not_fit_is_said():
