@@ -14,7 +14,7 @@ the vocabulary: its `reading` says so, and pictures carry it.
 import hashlib
 import os
 import pathlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +79,8 @@ def _normed(graph, parameters, hidden):
 
 
 def _encoder_normed(graph, parameters, hidden):
-    return nnx.merge(graph, parameters).encoder_final_norm(hidden)
+    norm = nnx.merge(graph, parameters).encoder.final_norm
+    return hidden if norm is None else norm(hidden)
 
 
 def _translated(read, weights, biases, hidden):
@@ -104,18 +105,21 @@ def project(
     """
     hidden = jnp.asarray(hidden)
     places = hidden.shape[1:-1]
+    model = lens.model
+    # The encoder is read through the embedding that both stacks share: what it puts in,
+    # without what the decoder's unembedding adds.
+    encoder = lens.stack == "encoder."
+    matrix = model.embedding[...] if encoder else model.unembed_matrix
     if reductions.get("targets") is not None:
         targets = np.asarray(reductions["targets"])
         reductions["targets"] = targets.reshape(
             int(np.prod(places)), *targets.shape[len(places) :]
         )
-    model = lens.model
-    bias = None if lens.stack == "encoder." else model.unembed_bias
     found = kernels.project_layers(
         hidden.reshape(len(hidden), -1, hidden.shape[-1]),
-        model.unembed_matrix,
+        matrix,
         transform=lens.transform(),
-        bias=bias,
+        bias=None if encoder else model.unembed_bias,
         softcap=model.logit_softcap,
         **reductions,
     )
@@ -205,6 +209,37 @@ def train_tuned_lens(
     if translators is None:
         raise ValueError("`batches` must hold at least one batch.")
     return Training(TunedLens(plain.model, *translators, stack), np.array(losses))
+
+
+def training_batches(
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    steps: int,
+    batch: int = 8,
+    length: int = 128,
+    seed: int = 0,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`steps` batches of tokens and masks for `train_tuned_lens`.
+
+    Texts are drawn with replacement, cut at `length` tokens and padded to it; empty
+    ones are left out.
+
+    Raises:
+      ValueError: no text has a token.
+    """
+    coded = tokenizer.encode_batch([text for text in texts if text])
+    known = [found.ids[:length] for found in coded if found.ids]
+    if not known:
+        raise ValueError("The text to train a lens on holds no token.")
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        tokens = np.zeros((batch, length), np.int32)
+        mask = np.zeros((batch, length), bool)
+        for row, i in enumerate(rng.integers(len(known), size=batch)):
+            tokens[row, : len(known[i])] = known[i]
+            mask[row, : len(known[i])] = True
+        yield tokens, mask
 
 
 def unembedding_hash(model: models.Model) -> str:

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
 from jaxling import lens, models
@@ -111,3 +112,77 @@ def test_shared_tokens_bound_a_groups_mass(model, tokens):
     assert np.all(bounds.upper[..., 2] == 0)
     with pytest.raises(ValueError, match="Tokens of a"):
         lens.token_groups({"a": {101}}, 101)
+
+
+BERT = {
+    "model_type": "bert",
+    "architectures": ["BertForMaskedLM"],
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def test_a_masked_language_model_is_read_through_its_head(tokens):
+    model = models.build(BERT, jax.random.key(4))
+    mask = np.ones_like(tokens)
+    mask[:, 9:] = 0
+    found = lens.trajectory(lens.LogitLens(model), tokens, mask, k=2, targets=tokens)
+    log_probs = np.asarray(jax.nn.log_softmax(model(tokens, mask)))
+    np.testing.assert_array_equal(found.top_tokens[-1], np.argsort(-log_probs)[..., :2])
+    own = np.take_along_axis(log_probs, tokens[..., None], -1)
+    np.testing.assert_allclose(found.target_log_probs[-1], own, atol=1e-4)
+
+
+def t5(**changes):
+    config = {
+        "model_type": "t5",
+        "vocab_size": 101,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    }
+    return models.build(config | changes, jax.random.key(5))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_decoder_of_a_pair_says_what_the_pair_says(tokens, tied):
+    model = t5(tie_word_embeddings=tied)
+    inputs = {"decoder_tokens": tokens[:, :5]}
+    view = lens.LogitLens(model, "decoder.")
+    found = lens.trajectory(view, tokens, inputs=inputs, k=2, entropy=True)
+    log_probs = np.asarray(jax.nn.log_softmax(model(tokens, **inputs)))
+    assert found.top_tokens.shape == (2, 4, 5, 2)
+    np.testing.assert_array_equal(found.top_tokens[-1], np.argsort(-log_probs)[..., :2])
+    entropy = -(np.exp(log_probs) * log_probs).sum(-1)
+    np.testing.assert_allclose(found.entropy[-1], entropy, atol=1e-4)
+    assert view.reading == "logit lens"
+
+
+def test_the_encoder_of_a_pair_is_read_through_the_shared_embedding(tokens):
+    model = t5(tie_word_embeddings=False)
+    view = lens.LogitLens(model, "encoder.")
+    assert "encoder" in view.reading and "shared embedding" in view.reading
+    inputs = {"decoder_tokens": tokens[:, :2]}
+    found = lens.trajectory(view, tokens, inputs=inputs, k=3)
+    normed = model.encode(tokens, np.ones(tokens.shape, bool))
+    logits = np.asarray(normed) @ np.asarray(model.embedding[...]).T
+    np.testing.assert_array_equal(found.top_tokens[-1], np.argsort(-logits)[..., :3])
+
+
+def test_training_batches_are_padded_texts():
+    letters = tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 2, "z": 25}, "a")
+    tokenizer = tokenizers.Tokenizer(letters)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    texts = ["abc", "", "z"]
+    batches = list(lens.training_batches(texts, tokenizer, steps=3, batch=4, length=2))
+    assert len(batches) == 3
+    rows = {(tuple(t), tuple(m)) for b in batches for t, m in zip(*b)}
+    assert rows == {((0, 1), (True, True)), ((25, 0), (True, False))}
+    with pytest.raises(ValueError, match="no token"):
+        next(lens.training_batches([""], tokenizer, steps=1))

@@ -103,17 +103,125 @@ def save_browser(
         "starts": [int(start) for start in starts],
         "bytes": {name: len(content) for name, content in packed.items()},
     }
-    template = pathlib.Path(__file__).with_name("browser.html").read_text("utf-8")
     fields = {
-        "policy": _policy(template),
-        "title": html.escape(title),
-        "heading": html.escape(title),
-        "meta": json.dumps(meta).replace("<", "\\u003c"),
+        "meta": _json(meta),
         "data": "\n".join(
             f'<script type="text/plain" id="{name}">{_text(content)}</script>'
             for name, content in packed.items()
         ),
     }
+    _write(path, "browser.html", title, fields)
+
+
+def save_trajectory(
+    path: pathlib.Path,
+    tokens: Sequence[str],
+    inputs: Sequence[int],
+    top_tokens: np.ndarray,
+    top_probabilities: np.ndarray,
+    *,
+    layers: Sequence[str],
+    targets: Sequence[int],
+    ranks: np.ndarray,
+    target_probabilities: np.ndarray,
+    entropy: np.ndarray,
+    kl: np.ndarray,
+    lines: np.ndarray,
+    masked: bool = False,
+    title: str,
+    about: str = "",
+) -> None:
+    """Writes the heat-map of a lens: layers by positions, with what each place says.
+
+    Colour is the probability of the top token; pointing at a place, or walking there
+    with the arrow keys, shows its best tokens, the target's rank, and the curves of the
+    tokens that are top at any layer. Tokens are untrusted text, as in `save_browser`.
+
+    Args:
+      path: the file to write.
+      tokens: every token, in id order.
+      inputs: the token at each position, `[n]`.
+      top_tokens, top_probabilities: `[layer, n, k]`, best first; -1 for none.
+      layers: what each layer is called.
+      targets: the token wanted at each position, -1 for none.
+      ranks, target_probabilities: the target's, `[layer, n]`.
+      entropy, kl: in nats, `[layer, n]`.
+      lines: `[layer, n, layer]`: in layer l, the probability of layer m's top token.
+      masked: a position is read at its own token, not after it.
+      title: heading of the page.
+      about: a sentence under the heading.
+
+    Raises:
+      ValueError: shapes disagree.
+    """
+    depth, n = len(layers), len(inputs)
+    for name, array in (
+        ("top_tokens", top_tokens[..., 0]),
+        ("top_probabilities", top_probabilities[..., 0]),
+        ("ranks", ranks),
+        ("target_probabilities", target_probabilities),
+        ("entropy", entropy),
+        ("kl", kl),
+        ("lines", lines[..., 0]),
+    ):
+        if array.shape != (depth, n):
+            raise ValueError(
+                f"`{name}` must begin with {depth} layers and {n} positions; got"
+                f" {array.shape}."
+            )
+    curves = []
+    for i in range(n):
+        # In the order in which they become top, each token once.
+        first = {
+            int(token): m for m, token in reversed([*enumerate(top_tokens[:, i, 0])])
+        }
+        curves.append(
+            [
+                [token, _rounded(lines[:, i, m])]
+                for token, m in sorted(first.items(), key=lambda item: item[1])
+                if token >= 0
+            ]
+        )
+    used = {*map(int, inputs), *map(int, targets), *map(int, top_tokens.ravel())} - {-1}
+    data = {
+        "about": about,
+        "layers": list(layers),
+        "inputs": [int(i) for i in inputs],
+        "targets": [int(i) for i in targets],
+        "top": [
+            [
+                [[int(t), _rounded(p)] for t, p in zip(ids, ps) if t >= 0]
+                for ids, ps in zip(*row)
+            ]
+            for row in zip(top_tokens, top_probabilities)
+        ],
+        "ranks": np.asarray(ranks).tolist(),
+        "target_probabilities": _rounded(target_probabilities),
+        "entropy": _rounded(entropy),
+        "kl": _rounded(kl),
+        "lines": curves,
+        "masked": masked,
+        "vocabulary": len(tokens),
+        "tokens": {i: tokens[i] if i < len(tokens) else "" for i in sorted(used)},
+    }
+    _write(path, "trajectory.html", title, {"data": _json(data)})
+
+
+def _rounded(values: np.ndarray) -> list:
+    """To what a page shows; a value that is no number is 0, as JSON has none such."""
+    return np.round(np.nan_to_num(np.asarray(values, np.float64)), 5).tolist()
+
+
+def _json(content: object) -> str:
+    # Lone surrogates are kept as escapes, which JavaScript reads.
+    return json.dumps(content).replace("<", "\\u003c")
+
+
+def _write(path: pathlib.Path, name: str, title: str, fields: dict[str, str]) -> None:
+    """Fills a template's `$fields`."""
+    template = pathlib.Path(__file__).with_name(name).read_text("utf-8")
+    title = html.escape(title)
+    fields = {"policy": _policy(template), "title": title, "heading": title} | fields
     # One pass, so that nothing in a title or a token can name another field.
     pieces = re.split(rf"\$({'|'.join(fields)})\b", template)
     pieces[1::2] = [fields[name] for name in pieces[1::2]]
