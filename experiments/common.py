@@ -38,6 +38,31 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where results go; runs/<experiment> when not given."
 )
 
+LEXICON = flags.DEFINE_list(
+    "lexicon",
+    [],
+    "Dictionaries of the word-translation task, source-target:path in the format of"
+    " MUSE; the demo's when not given.",
+)
+NAMES = flags.DEFINE_list(
+    "names", [], "What prompts call the languages of --lexicon, as code:name."
+)
+TASK = flags.DEFINE_string(
+    "task", None, "A word-translation task that was saved, instead of --lexicon."
+)
+HARD = flags.DEFINE_bool(
+    "hard", False, "Distractors are the nearest words, not random ones."
+)
+ITEMS = flags.DEFINE_integer("items", 30, "Words of each ordered pair.", 1)
+SHOTS = flags.DEFINE_integer("shots", 5, "Examples in a prompt.", 0)
+DRAWS = flags.DEFINE_integer("draws", 5, "Prompts of each item, examples redrawn.", 1)
+LANGUAGE_TOKENS = flags.DEFINE_list(
+    "language_tokens",
+    [],
+    "Of a translation model, as code:token (eng:eng_Latn); its prompt is then the word"
+    " alone.",
+)
+
 
 class Run(NamedTuple):
     """A started experiment: where it writes, and when it began."""
@@ -157,6 +182,71 @@ def finish(
         },
     )
     logging.info("Record in %s", run.workdir)
+
+
+def entries(values: list[str], flag: str) -> dict[str, str]:
+    """A dictionary from values `key:value` of a list flag.
+
+    Raises:
+      ValueError: a value without a colon.
+    """
+    for value in values:
+        if ":" not in value:
+            raise ValueError(f"--{flag} takes key:value; got {value!r}.")
+    return dict(value.split(":", 1) for value in values)
+
+
+def lexicons() -> tuple[dict, dict]:
+    """Word pairs of `(source, target)`, for questions and for examples.
+
+    Those of `--lexicon`, for both; or of the demo, between English and every other
+    language and in two pairs without English: test concepts and training concepts.
+
+    Raises:
+      ValueError, OSError: a file cannot be read.
+    """
+    from jaxling import demo, word_translation
+    from jaxling.demo import evaluation
+
+    if LEXICON.value:
+        read = word_translation.read_lexicons(LEXICON.value)
+        return read, read
+    test, train = (
+        {pair: demo.lexicon(*pair, split) for pair in evaluation.ORDERED_PAIRS}
+        for split in ("test", "train")
+    )
+    return test, train
+
+
+def translation_task(model: Any, tokenizer: Any) -> Any:
+    """The `jaxling.word_translation.Task` that the flags describe.
+
+    Raises:
+      ValueError, OSError: as the functions of `jaxling.word_translation` do.
+    """
+    import numpy as np
+
+    from jaxling import demo, word_translation
+
+    if TASK.value:
+        if LEXICON.value:
+            raise ValueError("--task and --lexicon exclude each other.")
+        return word_translation.load_task(TASK.value)
+    asked, examples = lexicons()
+    vectors = None
+    if HARD.value:
+        words = {(s, a) for (s, _), pairs in asked.items() for a, _ in pairs}
+        vectors = word_translation.word_vectors(
+            np.asarray(model.embedding[...]), tokenizer, sorted(words)
+        )
+    return word_translation.build_task(
+        asked,
+        demo.LANGUAGES | entries(NAMES.value, "names"),
+        examples=examples,
+        count=ITEMS.value,
+        vectors=vectors,
+        seed=SEED.value,
+    )
 
 
 def launch(main: Callable[[list[str]], None]) -> None:

@@ -1,0 +1,301 @@
+"""What would every layer say at every position of a text?
+
+    python -m experiments.lens --model=bigscience/bloom-560m \
+        --text="Français: chien - Deutsch:" --target=" Hund" --workdir=runs/lens
+
+Default: the demo model reads a word-translation prompt, English to Swahili, whose
+answer its training words do not hold; half a minute on 2 CPU cores.
+
+Expect: nothing sensible of the untrained demo weights: a comma in four of five layers.
+
+The logit lens (nostalgebraist, 2020): each layer's residual stream is read through the
+final norm and the unembedding. `--tuned_lens=DIR` reads it behind the translators in
+DIR (Belrose et al., 2023, https://arxiv.org/abs/2303.08112); they are trained on
+`--train_text` and saved there first if DIR does not exist. A masked language model is
+read at each token itself. Of an encoder-decoder the decoder is read (`--text` goes
+into the encoder, `--decoder_text` into the decoder); `--stack=encoder` reads the
+encoder through the shared embedding, which it was never trained for.
+
+`lens.html` is the map, `trajectory.parquet` its numbers. `tokens.png` has, at
+`--position`, the tokens that were top at any layer; `languages.png` and `scripts.png`
+the probability of each language's and writing system's tokens. A language's tokens are
+those of its words in --lexicon. A token of several languages counts for none of them in
+the lower bound and for each in the upper one: the band lies between the two.
+"""
+
+import pathlib
+
+import numpy as np
+import tqdm
+from absl import flags, logging
+
+from jaxling import (
+    demo,
+    lens,
+    models,
+    vocabulary,
+    word_translation,
+    writing_systems,
+)
+from jaxling.models import encoder, encoder_decoder
+from jaxling.report import pages, plots, tables
+
+from . import common
+
+_PROMPT = (
+    "Please translate words from English to Swahili.\n\nEnglish: house\nSwahili: nyumba"
+    "\n\nEnglish: king\nSwahili:"
+)
+_TEXT = flags.DEFINE_string("text", _PROMPT, "What the model reads.")
+_TARGET = flags.DEFINE_string(
+    "target", None, "Text whose first token the last position should say."
+)
+_DECODER_TEXT = flags.DEFINE_string(
+    "decoder_text", "", "What the decoder of an encoder-decoder has said."
+)
+_STACK = flags.DEFINE_enum(
+    "stack", "decoder", ["decoder", "encoder"], "Which one of an encoder-decoder."
+)
+_POSITION = flags.DEFINE_integer(
+    "position", -1, "Where the curves are drawn; negative: from the end."
+)
+_TUNED = flags.DEFINE_string(
+    "tuned_lens", None, "Directory of a tuned lens; see above."
+)
+_TRAIN_TEXT = flags.DEFINE_string(
+    "train_text", None, "UTF-8 text, one document a line; the demo's when not given."
+)
+_TRAIN_STEPS = flags.DEFINE_integer(
+    "train_steps", 300, "Steps of 8 texts when a tuned lens is trained.", 1
+)
+_TOP = flags.DEFINE_integer("top", 10, "Tokens listed at each place.", 1)
+
+
+def main(argv: list[str]) -> None:
+    """Reads the text, projects every layer, leaves the page, the table and curves."""
+    del argv
+    name, revision = common.MODEL.value, common.REVISION.value
+    model = models.load(name, revision=revision)
+    tokenizer = vocabulary.load_tokenizer(name, revision)
+    words = vocabulary.load_vocabulary(name, revision)
+    pair = isinstance(model, encoder_decoder.EncoderDecoder)
+    stack = f"{_STACK.value}." if pair else ""
+    masked = isinstance(model, encoder.Encoder) or stack == "encoder."
+    tokens, inputs = _encoded(model, tokenizer, pair)
+    read = inputs["decoder_tokens"] if stack == "decoder." else tokens
+    targets = _targets(tokenizer, read[0], masked)
+    place = _POSITION.value
+    if not -read.shape[1] <= place < read.shape[1]:
+        raise ValueError(f"--position must be one of {read.shape[1]}; got {place}.")
+    run = common.begin("lens", {"tokens": tokens.tolist()})
+    view = _lens(model, tokenizer, stack)
+    systems = writing_systems.writing_systems(words.tokens, words.special)
+    sizes = model.unembed_matrix.shape[0]
+    groups = {
+        "languages": lens.token_groups(_languages(tokenizer), sizes),
+        "scripts": lens.token_groups(_scripts(systems, sizes), sizes),
+    }
+    name_of_stream = stack + "resid_post"
+    _, cache = model.run_with_cache(tokens, names_filter=(name_of_stream,), **inputs)
+    hidden = cache[name_of_stream][:, 0]
+    found = lens.project(
+        view,
+        hidden,
+        k=min(_TOP.value, sizes),
+        entropy=True,
+        divergence=True,
+        targets=targets,
+        groups=np.concatenate([group.weights for group in groups.values()]),
+    )
+    top = np.asarray(found.top_tokens)
+    said = lens.project(view, hidden, targets=top[..., 0].T)
+    lines = np.exp(np.asarray(said.target_log_probs))
+    depth = len(top)
+    pages.save_trajectory(
+        run.workdir / "lens.html",
+        words.tokens,
+        read[0],
+        top,
+        np.exp(np.asarray(found.top_log_probs)),
+        layers=[str(i) for i in range(depth)],
+        targets=targets,
+        ranks=np.asarray(found.target_ranks)[..., 0],
+        target_probabilities=np.exp(np.asarray(found.target_log_probs)[..., 0]),
+        entropy=np.asarray(found.entropy),
+        kl=np.asarray(found.kl_to_final),
+        lines=lines,
+        masked=masked,
+        title=f"{view.reading.capitalize()}: {name.rstrip('/').split('/')[-1]}",
+        about="The top token by layer and position of: "
+        + " ".join(tables.shorten(_TEXT.value, 200).split()),
+    )
+    spelled = [*words.tokens, *[""] * (sizes - len(words.tokens))]
+    _save_table(run.workdir, found, read[0], targets, spelled)
+    tops = _draw_tokens(run.workdir, view, top[:, place, 0], lines[:, place], spelled)
+    mass = _draw_groups(
+        run.workdir, view, groups, np.asarray(found.group_mass)[:, place]
+    )
+    ranks = np.asarray(found.target_ranks)[:, place, 0]
+    summary = {
+        "reading": view.reading,
+        "positions": len(read[0]),
+        "position": place,
+        "top_by_layer": tops,
+        "target": spelled[targets[place]] if targets[place] >= 0 else None,
+        "target_rank_by_layer": ranks.tolist(),
+        "agreement_with_last_layer": np.asarray(found.agrees).mean(1).tolist(),
+        "kl_to_final": np.asarray(found.kl_to_final).mean(1).tolist(),
+        "mass": mass,
+    }
+    common.finish(run, summary)
+    rows = [
+        [i, *tops[i], found.entropy[i, place].item(), int(ranks[i]) + 1]
+        for i in range(depth)
+    ]
+    print(f"{view.reading}, after {spelled[read[0][place]]!r}:")
+    print(
+        tables.format_table(
+            ["layer", "top token", "probability", "entropy", "target's rank"], rows
+        )
+    )
+    print(f"\nThe map: {run.workdir / 'lens.html'} (opens in any browser)")
+    print(f"Its numbers: {run.workdir / 'trajectory.parquet'}; pictures beside it.")
+
+
+def _encoded(model, tokenizer, pair: bool) -> tuple[np.ndarray, dict]:
+    """Tokens `[1, n]`, and the decoder's where there is one."""
+    tokens = np.array([tokenizer.encode(_TEXT.value).ids])
+    if not tokens.size:
+        raise ValueError("--text has no token.")
+    if not pair:
+        return tokens, {}
+    start = np.asarray(model.prompt(tokens, None))[0].tolist()
+    said = tokenizer.encode(_DECODER_TEXT.value, add_special_tokens=False).ids
+    return tokens, {"decoder_tokens": np.array([[*start, *said]])}
+
+
+def _targets(tokenizer, read: np.ndarray, masked: bool) -> np.ndarray:
+    """What each position should say: the next token, or a masked model's own."""
+    if masked:
+        return np.array(read)
+    wanted = [-1]
+    if _TARGET.value:
+        wanted = tokenizer.encode(_TARGET.value, add_special_tokens=False).ids[:1]
+    return np.array([*read[1:], *wanted])
+
+
+def _lens(model, tokenizer, stack: str) -> lens.LogitLens | lens.TunedLens:
+    """The lens that the flags ask for, trained and saved if it is not there yet."""
+    if not _TUNED.value:
+        return lens.LogitLens(model, stack)
+    if pathlib.Path(_TUNED.value).exists():
+        return lens.load_lens(model, _TUNED.value)
+    if stack:
+        raise ValueError("Tuned lenses are trained for models of one stack.")
+    if _TRAIN_TEXT.value:
+        texts = pathlib.Path(_TRAIN_TEXT.value).read_text("utf-8").splitlines()
+    else:
+        texts = [
+            " " + verse
+            for column in demo.verses("train").text.values()
+            for verse in column
+        ]
+    batches = lens.training_batches(
+        texts, tokenizer, steps=_TRAIN_STEPS.value, seed=common.SEED.value
+    )
+    trained = lens.train_tuned_lens(
+        model, tqdm.tqdm(batches, "training", _TRAIN_STEPS.value, disable=None)
+    )
+    lens.save_lens(trained.lens, _TUNED.value)
+    logging.info("Loss %.3f -> %.3f nats", trained.losses[0], trained.losses[-1])
+    return trained.lens
+
+
+def _languages(tokenizer) -> dict[str, set[int]]:
+    """Tokens of the words of each language of the lexicons."""
+    test, train = common.lexicons()
+    words = word_translation.words_of(
+        {pair: [*pairs, *train[pair]] for pair, pairs in test.items()}
+    )
+    return word_translation.tokens_of(words, tokenizer)
+
+
+def _scripts(systems: list[str], size: int) -> dict[str, set[int]]:
+    """Tokens of each writing system."""
+    found: dict[str, set[int]] = {}
+    for token, system in enumerate(systems[:size]):
+        found.setdefault(system, set()).add(token)
+    return found
+
+
+def _save_table(workdir, found, read, targets, spelled) -> None:
+    """One row for every layer and position."""
+    depth, n = found.entropy.shape
+    top = np.asarray(found.top_tokens).reshape(depth * n, -1)
+    tables.write_parquet(
+        workdir / "trajectory.parquet",
+        {
+            "layer": np.repeat(np.arange(depth), n),
+            "position": np.tile(np.arange(n), depth),
+            "token_id": np.tile(read, depth),
+            "token": [spelled[i] for i in read] * depth,
+            "target_id": np.tile(targets, depth),
+            "target": [spelled[i] if i >= 0 else "" for i in targets] * depth,
+            "target_rank": np.asarray(found.target_ranks)[..., 0].ravel(),
+            "target_log_probability": np.asarray(found.target_log_probs)[
+                ..., 0
+            ].ravel(),
+            "entropy": np.asarray(found.entropy).ravel(),
+            "kl_to_final": np.asarray(found.kl_to_final).ravel(),
+            "agrees_with_final": np.asarray(found.agrees).ravel(),
+            "top_ids": top,
+            "top_tokens": [[spelled[i] for i in row] for row in top],
+            "top_log_probabilities": np.asarray(found.top_log_probs).reshape(top.shape),
+        },
+    )
+
+
+def _draw_tokens(workdir, view, top, lines, spelled) -> list[list]:
+    """Curves of the tokens that are top at any layer; each layer's top token."""
+    depth = len(top)
+    first = {int(token): m for m, token in reversed(list(enumerate(top)))}
+    order = sorted(first, key=first.get)
+    plots.save_curves(
+        workdir / "tokens.png",
+        [spelled[token] for token in order],
+        [lines[:, first[token]] for token in order],
+        title=f"Tokens that are top at any layer ({view.reading})",
+        x_label="layer",
+        value_label="probability",
+        limits=(0, 1),
+    )
+    return [[spelled[top[i]], float(lines[i, i])] for i in range(depth)]
+
+
+def _draw_groups(workdir, view, groups, mass) -> dict[str, dict]:
+    """Curves of groups of tokens with the bounds as a band; the ten largest groups."""
+    summary, used = {}, 0
+    for kind, group in groups.items():
+        width = len(group.weights)
+        bounds = lens.mass_bounds(group, mass[:, used : used + width])
+        used += width
+        largest = np.argsort(-bounds.upper.max(0), kind="stable")[:10]
+        plots.save_curves(
+            workdir / f"{kind}.png",
+            [group.names[i] for i in largest],
+            ((bounds.lower + bounds.upper) / 2).T[largest],
+            errors=((bounds.upper - bounds.lower) / 2).T[largest],
+            title=f"Probability of each {kind[:-1]}'s tokens ({view.reading})",
+            x_label="layer",
+            value_label="between the lower and the upper bound",
+            limits=(0, 1),
+        )
+        summary[kind] = {
+            name: {"lower": low.tolist(), "upper": high.tolist()}
+            for name, low, high in zip(group.names, bounds.lower.T, bounds.upper.T)
+        }
+    return summary
+
+
+if __name__ == "__main__":
+    common.launch(main)
