@@ -61,7 +61,7 @@ def run(name: str, place: pathlib.Path, *flags: str) -> subprocess.CompletedProc
 
 def test_words_are_scored_and_traced_by_the_command_line(place, tmp_path):
     lexicon = [f"--lexicon=eng-fra:{place}/en-fr.txt", "--names=fra:French"]
-    small = ["--items=3", "--shots=2", "--draws=1"]
+    small = ["--words=3", "--shots=2", "--draws=1"]
     first = tmp_path / "words"
     done = run("word_translation", place, *lexicon, *small, f"--workdir={first}")
     assert done.returncode == 0, done.stderr
