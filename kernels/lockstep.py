@@ -21,9 +21,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import batching
 
-RANK = 96  # of the covariance in the preconditioner
+RANK = 64  # of the covariance in the preconditioner
 MEMORY = 4  # pairs of L-BFGS
-SAMPLE_GAP = 0.3  # relative bound at which the phase on a sample of the rows ends
+SAMPLE_GAP = 0.01  # relative bound at which the phase on a sample of the rows ends
 SAMPLE_ITERATIONS = 30  # and the iterations after which it ends in any case
 PATIENCE = 25  # iterations without a better bound after which a problem is given up
 LANES = 16  # features and intercept are padded to a multiple, for aligned products
@@ -312,9 +312,10 @@ def _by_column(values: Array, problems: Int[Array, " c"]) -> Array:
 # visited lose their margins, which nobody reads again.
 
 
-def _forward(job: _Job, s: _State, units: _Units, direction):
+def _forward(job: _Job, s: _State, units: _Units, direction, trial):
     """Margins where `w` stands and their steps along `direction`, `[b, c, k, r]`; the
-    first and second derivative of the losses after a step of length one, `[2, t, c]`.
+    first and second derivative of the losses after a step of length `trial` `[p]`,
+    `[2, t, c]`.
     """
 
     def one(i, carry):
@@ -326,7 +327,8 @@ def _forward(job: _Job, s: _State, units: _Units, direction):
         undo = _by_column(s.undo, problems)[:, None, None]
         base = s.margins[block] - undo * s.steps[block]
         base = lax.optimization_barrier(jnp.where(s.restart, 0, base))
-        _, residual, probability = _losses(base + step, labels, weights)
+        tried = base + _by_column(trial, problems)[:, None, None] * step
+        _, residual, probability = _losses(tried, labels, weights)
         both = _curve(residual, probability, weights, step)
         return (
             lax.dynamic_update_index_in_dim(bases, base, block, 0),
@@ -371,14 +373,16 @@ def _iterate(job: _Job, s: _State) -> _State:
     direction = jnp.where(s.restart, s.w, _direction(s, job.basis, l2, d))
     direction = lax.optimization_barrier(direction)
     downhill = _dot(s.gradient, direction) < 0
-    bases, steps, curve = _forward(job, s, units, direction)
-
-    # The length: one Newton step along the direction, from one.
+    # The length: one Newton step along the direction. From one, which is about right
+    # once there is a memory; the first direction may be far too long.
+    trial = jnp.any(s.inverse > 0, axis=0).astype(s.w.dtype)
+    bases, steps, curve = _forward(job, s, units, direction, trial)
     along = direction.at[..., d].set(0)
     bend = _sides(curve[1], job.batch) + l2 * _dot(along, along)
-    slope = _sides(curve[0], job.batch) + l2 * _dot(along, s.w + direction)
-    length = 1 - slope / jnp.maximum(bend, jnp.finfo(s.w.dtype).tiny)
-    length = jnp.minimum(jnp.clip(length, 0.2, 4.0), s.limit)
+    slope = l2 * _dot(along, s.w + trial[:, None, None] * direction)
+    slope = slope + _sides(curve[0], job.batch)
+    length = trial - slope / jnp.maximum(bend, jnp.finfo(s.w.dtype).tiny)
+    length = jnp.minimum(jnp.clip(length, 0.2 * trial, 4.0), s.limit)
     length = jnp.where(s.active & downhill, length, 0)
     length = jnp.where(s.restart, 1.0, length).astype(s.w.dtype)
 
