@@ -55,7 +55,7 @@ def clusters(n: int, d: int, classes: int, *, equal: bool, seed: int = 0):
 
 
 def paper_problems(names):
-    """The protocol of the paper on 16 categories, its problems one by one, its tests."""
+    """The protocol of the paper on 16 categories: problems, one by one, and tests."""
     kinds, counts = np.unique(names, return_counts=True)
     largest = set(kinds[np.argsort(-counts)[:16]])
     tasks = probes.one_vs_rest_tasks(list(names), least=10)
