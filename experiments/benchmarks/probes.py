@@ -49,7 +49,7 @@ def clusters(n: int, d: int, classes: int, *, equal: bool, seed: int = 0):
     spread = np.arange(1, d + 1) ** -0.5
     axes = np.linalg.qr(rng.standard_normal((d, d)))[0]
     centres = rng.standard_normal((classes, d))
-    centres *= 1.2 / np.linalg.norm(centres, axis=1, keepdims=True)
+    centres *= 0.5 / np.linalg.norm(centres, axis=1, keepdims=True)
     rows = rng.standard_normal((n, d)) * spread @ axes.T + centres[labels]
     return probes.unit_rows(rows), labels
 
