@@ -266,12 +266,12 @@ def _describe(
     )
     if frequencies is not None:
         decile = neighborhoods.frequency_deciles(frequencies)[queries] - 1
-        means = neighborhoods.group_means(decile, distinct[chosen], 10)
-        summary["deciles"] = {key: v.tolist() for key, v in means._asdict().items()}
+        groups = neighborhoods.group_means(decile, distinct[chosen], 10)
+        summary["deciles"] = groups._asdict()
         plots.save_bars(
             workdir / "deciles.png",
             ["rarest", *(str(i) for i in range(2, 10)), "most frequent"],
-            means.mean,
+            groups.mean,
             title=f"Mean number of {plural[chosen]} by decile of frequency",
             value_label=plural[chosen],
         )

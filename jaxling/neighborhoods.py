@@ -102,7 +102,8 @@ def striking(
     """
     order = np.argsort(-np.asarray(spans), kind="stable")
     marked = any(token.startswith(SPACE) for token in tokens)
-    first, rest = [], []
+    first: list[int] = []
+    rest: list[int] = []
     share: dict[str, int] = {}
     for i in np.asarray(queries)[order].tolist():
         token, system = tokens[i], systems[i]

@@ -57,7 +57,7 @@ def identity(matrix: np.ndarray) -> str:
     """SHA-256 of shape, dtype and values. Reads `matrix` `[n, d]` block by block."""
     digest = hashlib.sha256(f"{matrix.shape} {matrix.dtype}\n".encode())
     for _, block in _blocks(matrix):
-        digest.update(np.ascontiguousarray(block).view(np.uint8))
+        digest.update(np.ascontiguousarray(block).tobytes())
     return digest.hexdigest()
 
 
@@ -125,12 +125,10 @@ def sweep_neighbors(
             "versions": {"jax": jax.__version__, "numpy": np.__version__},
             "device": jax.devices()[0].device_kind,
         }
-    shape = (n if rows is None else len(task.rows), k)
+    shape = (n if task.rows is None else len(task.rows), k)
     resumed, best = (path and _load(path, inputs, shape)) or (
         0,
-        kernels.Neighbors(
-            np.full(shape, np.nan, np.float32), np.full(shape, -1, np.int32)
-        ),
+        _Lists(np.full(shape, np.nan, np.float32), np.full(shape, -1, np.int32)),
     )
     starts = range(0, n, max(task.panel, 1))
     work = [_scores(task, first) for first in starts]
@@ -151,6 +149,11 @@ def sweep_neighbors(
     return Sweep(best.scores, best.indices, len(starts), resumed)
 
 
+class _Lists(NamedTuple):
+    scores: np.ndarray
+    indices: np.ndarray
+
+
 class _Task(NamedTuple):
     matrix: np.ndarray
     rows: np.ndarray | None
@@ -160,27 +163,35 @@ class _Task(NamedTuple):
     panel: int
 
 
-def _pair_band(task: _Task, first: int, best: kernels.Neighbors) -> Iterator[int]:
+def _pair_band(task: _Task, first: int, best: _Lists) -> Iterator[int]:
     """The panel from row `first` with itself and all earlier ones, both ways.
 
     Changes `best` in place and yields how many scores each step has cost.
     """
-    knobs = {"k": task.k, "metric": task.metric}
+    k, metric = task.k, task.metric
     new = _panel(task, first)
-    _merge(task, best, first, kernels.all_pairs_neighbors(new, **knobs), first)
+    own = kernels.all_pairs_neighbors(new, k=k, metric=metric)
+    _merge(task, best, first, own, first)
     size = min(task.panel, len(task.matrix) - first)
     yield size * (size - 1) // 2
     for start in range(0, first, task.panel):
         old = _panel(task, start)
-        down = kernels.nearest_neighbors(old, new, **knobs)
+        # What a row has already spares it all that is worse.
+        down, up = kernels.cross_neighbors(
+            *(old, new),
+            k=k,
+            metric=metric,
+            best_a=_known(task, best, start),
+            best_b=_known(task, best, first),
+        )
         _merge(task, best, start, down, first)
-        up = kernels.nearest_neighbors(new, old, **knobs)
         _merge(task, best, first, up, start)
         yield task.panel * size
 
 
-def _query_band(task: _Task, first: int, best: kernels.Neighbors) -> Iterator[int]:
+def _query_band(task: _Task, first: int, best: _Lists) -> Iterator[int]:
     """The queried rows against the panel from row `first`; as `_pair_band`."""
+    assert task.rows is not None
     new = _panel(task, first)
     size = min(task.panel, len(task.matrix) - first)
     for start in range(0, len(task.rows), task.panel):
@@ -193,25 +204,39 @@ def _query_band(task: _Task, first: int, best: kernels.Neighbors) -> Iterator[in
         itself = np.asarray(found.indices) + first == ids[:, None]
         others = np.argsort(itself, axis=1, kind="stable")[:, : task.k]
         found = kernels.Neighbors(
-            *(np.take_along_axis(np.asarray(part), others, axis=1) for part in found)
+            *(jnp.take_along_axis(part, others, axis=1) for part in found)
         )
         _merge(task, best, start, found, first)
         yield len(ids) * size
 
 
-def _merge(task: _Task, best, row: int, found, first_key: int) -> None:
+def _known(task: _Task, best: _Lists, first: int) -> kernels.Neighbors:
+    """The running neighbours of a panel's rows; none for those that fill it up."""
+    scores = np.full((task.panel, task.k), np.nan, np.float32)
+    indices = np.full((task.panel, task.k), -1, np.int32)
+    here = best.scores[first : first + task.panel]
+    scores[: len(here)] = here
+    indices[: len(here)] = best.indices[first : first + task.panel]
+    return kernels.Neighbors(jnp.asarray(scores), jnp.asarray(indices))
+
+
+def _merge(
+    task: _Task, best: _Lists, row: int, found: kernels.Neighbors, first_key: int
+) -> None:
     """Merges what was `found` among the keys from `first_key` on into `best`, in place.
 
     Line 0 of `found` is line `row` of `best`; lines beyond its end are padding.
     """
     here = slice(row, row + len(found.indices))
-    known = kernels.Neighbors(best.scores[here], best.indices[here])
-    scores, indices = (np.asarray(part)[: len(known.indices)] for part in found)
+    known = _Lists(*(part[here] for part in best))
+    indices = np.asarray(found.indices)[: len(known.indices)]
     indices = np.where(indices >= 0, indices + first_key, -1).astype(np.int32)
+    new = _Lists(np.asarray(found.scores)[: len(indices)], indices)
     if (known.indices >= 0).any():
-        new = kernels.Neighbors(scores, indices)
-        scores, indices = kernels.merge_neighbors(known, new, metric=task.metric)
-    best.scores[here], best.indices[here] = scores, indices
+        both = (kernels.Neighbors(*map(jnp.asarray, side)) for side in (known, new))
+        merged = kernels.merge_neighbors(*both, metric=task.metric)
+        new = _Lists(*map(np.asarray, merged))
+    best.scores[here], best.indices[here] = new
 
 
 def _panel(task: _Task, start: int) -> jax.Array:
@@ -268,12 +293,10 @@ def _digest(ids: np.ndarray | None) -> str | None:
     return None if ids is None else hashlib.sha256(ids.tobytes()).hexdigest()
 
 
-def _save(
-    path: pathlib.Path, inputs: dict, bands: int, best: kernels.Neighbors
-) -> None:
+def _save(path: pathlib.Path, inputs: dict, bands: int, best: _Lists) -> None:
     """Replaces the state's file: its checksum, its description, scores, indices."""
     header = json.dumps({"inputs": inputs, "bands": bands}, sort_keys=True).encode()
-    parts = [header + b"\n", best.scores.data, best.indices.data]
+    parts = [header + b"\n", memoryview(best.scores), memoryview(best.indices)]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -297,7 +320,7 @@ def _save(
 
 def _load(
     path: pathlib.Path, inputs: dict, shape: tuple[int, int]
-) -> tuple[int, kernels.Neighbors] | None:
+) -> tuple[int, _Lists] | None:
     """The number of finished bands and their result; None where nothing can be used."""
     try:
         content = path.read_bytes()
@@ -326,4 +349,4 @@ def _load(
     half = len(arrays) // 2
     scores = np.frombuffer(arrays[:half], np.float32).reshape(shape).copy()
     indices = np.frombuffer(arrays[half:], np.int32).reshape(shape).copy()
-    return record["bands"], kernels.Neighbors(scores, indices)
+    return record["bands"], _Lists(scores, indices)
