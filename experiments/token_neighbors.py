@@ -285,10 +285,8 @@ def _describe(
                 k: found.rate_at(k) for k in (1, 5, 10, 20) if k <= ids.shape[1]
             },
         }
-    spans = neighborhoods.distinct_labels(ids, coded["writing_system"])
-    return summary, neighborhoods.striking(
-        spans, queries, tokens, labels["writing_system"]
-    )
+    starts = neighborhoods.striking(ids, queries, tokens, labels["writing_system"])
+    return summary, starts
 
 
 def _save_table(workdir, tokens, labels, queries, ids, distances, occurrence) -> None:

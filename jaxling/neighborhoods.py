@@ -86,7 +86,7 @@ def spread(values: np.ndarray) -> Spread:
 
 
 def striking(
-    spans: np.ndarray,
+    indices: np.ndarray,
     queries: np.ndarray,
     tokens: Sequence[str],
     systems: Sequence[str],
@@ -95,25 +95,26 @@ def striking(
 ) -> list[int]:
     """Ids of readable tokens whose neighbours span most writing systems, widest first.
 
-    `spans` is `distinct_labels` of the neighbours' writing systems. Readable is a token
+    Digits, symbols and bytes among the neighbours do not count. Readable is a token
     that begins a word, where the vocabulary tells, and has three letters at least (two
     where a letter is a syllable or a word). No writing system takes more than a quarter
     of the places while others could.
     """
-    order = np.argsort(-np.asarray(spans), kind="stable")
+    written = np.array([system not in _NO_SYSTEM for system in systems])
+    letters = np.where(written[np.maximum(indices, 0)], indices, -1)
+    spans = distinct_labels(letters, encode(systems))
     marked = any(token.startswith(SPACE) for token in tokens)
     first: list[int] = []
     rest: list[int] = []
     share: dict[str, int] = {}
-    for i in np.asarray(queries)[order].tolist():
+    for i in np.asarray(queries)[np.argsort(-spans, kind="stable")].tolist():
         token, system = tokens[i], systems[i]
         dense = system in _DENSE
         begins = dense or (token.startswith(SPACE) if marked else token[:1].isalpha())
-        letters = sum(map(str.isalpha, token))
-        if not begins or letters < (2 if dense else 3) or system in _NO_SYSTEM:
-            continue
-        share[system] = share.get(system, 0) + 1
-        (first if share[system] <= max(1, top // 4) else rest).append(i)
+        enough = sum(map(str.isalpha, token)) >= (2 if dense else 3)
+        if begins and enough and written[i]:
+            share[system] = share.get(system, 0) + 1
+            (first if share[system] <= max(1, top // 4) else rest).append(i)
     return (first + rest)[:top]
 
 

@@ -8,6 +8,7 @@ either the old state or the new one, with a checksum over everything in it.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -144,9 +145,16 @@ def sweep_neighbors(
             bring_in = _pair_band if rows is None else _query_band
             for scores in bring_in(task, starts[band], best):
                 bar.update(scores)
+                _give_back()
             if path:
                 _save(path, inputs, band + 1, best)
     return Sweep(best.scores, best.indices, len(starts), resumed)
+
+
+def _give_back() -> None:
+    """Hands freed memory to the system; glibc keeps several hundred MiB otherwise."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Lists(NamedTuple):
@@ -176,14 +184,8 @@ def _pair_band(task: _Task, first: int, best: _Lists) -> Iterator[int]:
     yield size * (size - 1) // 2
     for start in range(0, first, task.panel):
         old = _panel(task, start)
-        # What a row has already spares it all that is worse.
-        down, up = kernels.cross_neighbors(
-            *(old, new),
-            k=k,
-            metric=metric,
-            best_a=_known(task, best, start),
-            best_b=_known(task, best, first),
-        )
+        down = kernels.nearest_neighbors(old, new, k=k, metric=metric)
+        up = kernels.nearest_neighbors(new, old, k=k, metric=metric)
         _merge(task, best, start, down, first)
         _merge(task, best, first, up, start)
         yield task.panel * size
@@ -208,16 +210,6 @@ def _query_band(task: _Task, first: int, best: _Lists) -> Iterator[int]:
         )
         _merge(task, best, start, found, first)
         yield len(ids) * size
-
-
-def _known(task: _Task, best: _Lists, first: int) -> kernels.Neighbors:
-    """The running neighbours of a panel's rows; none for those that fill it up."""
-    scores = np.full((task.panel, task.k), np.nan, np.float32)
-    indices = np.full((task.panel, task.k), -1, np.int32)
-    here = best.scores[first : first + task.panel]
-    scores[: len(here)] = here
-    indices[: len(here)] = best.indices[first : first + task.panel]
-    return kernels.Neighbors(jnp.asarray(scores), jnp.asarray(indices))
 
 
 def _merge(

@@ -178,15 +178,18 @@ def test_a_damaged_dictionary_is_named(tmp_path, content, message):
 def test_striking_tokens_are_readable_and_mixed():
     words = ["▁king", "▁ox", "king", "▁мир", "▁два", "▁три", "水火", "▁123", "▁water"]
     systems = ["Latin"] * 3 + ["Cyrillic"] * 3 + ["Han", "Common", "Latin"]
-    spans = np.array([5, 9, 8, 7, 7, 7, 2, 9, 4])
+    wide, narrow, digits = [0, 3, 6], [3, 3, 6], [7, 7, 3]
+    lists = np.array([wide, wide, wide, wide, narrow, digits, narrow, wide, [0, 8, -1]])
     queries = np.arange(9)
-    found = neighborhoods.striking(spans, queries, words, systems, top=4)
-    # Widest first, one of each system, then the others: never a fragment or a number.
-    assert [words[i] for i in found] == ["▁мир", "▁king", "水火", "▁два"]
-    found = neighborhoods.striking(spans[[0, 4]], np.array([0, 4]), words, systems)
-    assert [words[i] for i in found] == ["▁два", "▁king"]
+    found = neighborhoods.striking(lists, queries, words, systems, top=4)
+    # Widest first, one of each system, then others: no fragment, no number. Numbers
+    # among the neighbours are no writing system.
+    assert [words[i] for i in found] == ["▁king", "▁мир", "水火", "▁два"]
+    found = neighborhoods.striking(lists[:0], np.arange(0), words, systems)
+    assert found == []
     pieces = ["##ing", "sing", "water"]
-    found = neighborhoods.striking(np.ones(3), np.arange(3), pieces, ["Latin"] * 3)
+    lists = np.zeros((3, 2), np.int32)
+    found = neighborhoods.striking(lists, np.arange(3), pieces, ["Latin"] * 3)
     assert [pieces[i] for i in found] == ["sing", "water"]
 
 
