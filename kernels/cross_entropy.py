@@ -101,18 +101,26 @@ def _loss(
     softcap: float | None,
     block: int,
 ) -> Float[Array, ""]:
-    loss = jnp.zeros((), jnp.float32)
-    for rows in _blocks(hidden.shape[0], block):
-        logits, _ = _logits(hidden[rows], unembed_matrix, bias, softcap)
-        loss += _block_loss(logits, targets[rows], weights[rows])[0]
-    return loss
+    def step(loss, rows):
+        hidden, targets, weights = rows
+        logits, _ = _logits(hidden, unembed_matrix, bias, softcap)
+        return loss + _block_loss(logits, targets, weights)[0], None
+
+    rows = _blocks(hidden, targets, weights, block)
+    return lax.scan(step, jnp.zeros((), jnp.float32), rows)[0]
 
 
-def _blocks(n: int, block: int) -> list[slice]:
-    """Even blocks. Unrolled by Python: XLA's CPU products are slower inside a loop."""
+def _blocks(hidden, targets, weights, block):
+    """Even blocks `[block, row, ...]`; rows that fill the last one have no weight."""
+    n = hidden.shape[0]
     count = -(-n // block)
     size = -(-n // count)
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def split(array):
+        padding = [(0, count * size - n)] + [(0, 0)] * (array.ndim - 1)
+        return jnp.pad(array, padding).reshape(count, size, *array.shape[1:])
+
+    return split(hidden), split(targets), split(weights)
 
 
 def _logits(hidden, unembed_matrix, bias, softcap):
@@ -128,7 +136,7 @@ def _logits(hidden, unembed_matrix, bias, softcap):
 
 def _block_loss(logits, targets, weights):
     """Loss, and the log-sum-exp of each row."""
-    largest = lax.stop_gradient(logits.max(axis=1))
+    largest = logits.max(axis=1)
     total = jnp.exp(logits - largest[:, None]).sum(axis=1)
     log_sum = largest + jnp.log(total)
     of_target = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
@@ -138,34 +146,33 @@ def _block_loss(logits, targets, weights):
 
 
 def _forward(hidden, unembed_matrix, bias, targets, weights, softcap, block):
-    dtype, vocab = hidden.dtype, unembed_matrix.shape[0]
-    loss = jnp.zeros((), jnp.float32)
-    d_matrix = jnp.zeros(unembed_matrix.shape, jnp.float32)
-    d_bias = None if bias is None else jnp.zeros(vocab, jnp.float32)
-    d_hidden = []
-    for rows in _blocks(hidden.shape[0], block):
-        logits, bend = _logits(hidden[rows], unembed_matrix, bias, softcap)
-        part, log_sum = _block_loss(logits, targets[rows], weights[rows])
-        loss += part
-        own = jnp.arange(vocab) == targets[rows][:, None]
-        weight = weights[rows][:, None]
-        d_logits = weight * (jnp.exp(logits - log_sum[:, None]) - own)
-        d_logits = jnp.where(weight != 0, d_logits, 0.0)
+    dtype, (vocab, d) = hidden.dtype, unembed_matrix.shape
+    matrix = unembed_matrix.astype(dtype)
+
+    def step(carry, rows):
+        loss, d_matrix, d_bias = carry
+        hidden, targets, weights = rows
+        logits, bend = _logits(hidden, matrix, bias, softcap)
+        part, log_sum = _block_loss(logits, targets, weights)
+        own = jnp.arange(vocab) == targets[:, None]
+        d_logits = weights[:, None] * (jnp.exp(logits - log_sum[:, None]) - own)
+        d_logits = jnp.where(weights[:, None] != 0, d_logits, 0.0)
         if bend is not None:
             d_logits = d_logits * bend
         if d_bias is not None:
-            d_bias += d_logits.sum(axis=0)
+            d_bias = d_bias + d_logits.sum(axis=0)
         d_logits = d_logits.astype(dtype)
-        d_hidden.append(numerics.matmul_f32(d_logits, unembed_matrix.astype(dtype)))
-        d_matrix += numerics.matmul_f32(d_logits.T, hidden[rows])
-    return loss, (
-        jnp.concatenate(d_hidden),
-        d_matrix,
-        d_bias,
-        hidden,
-        unembed_matrix,
-        bias,
-    )
+        d_hidden = numerics.matmul_f32(d_logits, matrix)
+        d_matrix = d_matrix + numerics.matmul_f32(d_logits.T, hidden)
+        return (loss + part, d_matrix, d_bias), d_hidden
+
+    zero = jnp.zeros((), jnp.float32)
+    d_bias = None if bias is None else jnp.zeros(vocab, jnp.float32)
+    carry = (zero, jnp.zeros((vocab, d), jnp.float32), d_bias)
+    rows = _blocks(hidden, targets, weights, block)
+    (loss, d_matrix, d_bias), d_hidden = lax.scan(step, carry, rows)
+    d_hidden = d_hidden.reshape(-1, d)[: hidden.shape[0]]
+    return loss, (d_hidden, d_matrix, d_bias, hidden, unembed_matrix, bias)
 
 
 def _backward(softcap, block, residuals, cotangent):

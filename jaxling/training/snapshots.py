@@ -1,5 +1,6 @@
 """Snapshots of a run: written in the background, whole or not at all, and verified."""
 
+import logging
 import os
 import pathlib
 import warnings
@@ -9,6 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+
+def _not_chatter(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or "orbax" not in record.pathname
 
 
 class Snapshot(NamedTuple):
@@ -33,6 +38,8 @@ class Snapshots:
                 f"`keep` must be at least 2, so that a damaged snapshot has one"
                 f" before it; got {keep}."
             )
+        # Orbax reports its own construction line by line; what it warns of stays.
+        logging.getLogger("absl").addFilter(_not_chatter)
         self.directory = pathlib.Path(directory).resolve()
         self._keep = keep
         self._manager = self._open()

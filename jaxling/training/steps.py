@@ -164,7 +164,7 @@ def train_step(
     (loss, targets), gradients = sums(trained, frozen, batch)
     count = jnp.maximum(targets, 1.0)
     gradients = jax.tree.map(lambda g: g / count, gradients)
-    metrics = Metrics(loss / count, optax.global_norm(gradients), targets)
+    metrics = Metrics(loss / count, optax.tree.norm(gradients), targets)
     updates, moments = optimizer(recipe, list(trained)).update(
         gradients, state.moments, trained
     )
