@@ -110,6 +110,9 @@ def exact_product(a: Array, b: Array) -> Array:
     )
 
 
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
 def rows_of(x: Array, rows) -> Array:
     """Rows of `[n, d]` or of `[layer, n, d]`, counted through all layers."""
     return x.reshape(-1, x.shape[-1])[rows]
@@ -143,6 +146,7 @@ def covariance_basis(
 
 
 def padded_width(d: int) -> int:
+    """Width of a stored row of `d` features: those, a one, and zeros."""
     return -(-(d + 1) // LANES) * LANES
 
 
@@ -179,7 +183,7 @@ def solve(
     zeros = functools.partial(jnp.zeros, dtype=dtype)
     w = zeros((p, outputs, D))
     if begin is not None:
-        centred = begin[1] + jnp.einsum("pkd,pd->pk", begin[0], means[batch.owner])
+        centred = begin[1] + _einsum("pkd,pd->pk", begin[0], means[batch.owner])
         w = w.at[..., :d].set(begin[0]).at[..., d].set(centred)
     state = _State(
         w=w,
@@ -210,8 +214,7 @@ def solve(
     weights = state.w[..., :d]
     fit = LogisticFit(
         weights=weights,
-        intercepts=state.w[..., d]
-        - jnp.einsum("pkd,pd->pk", weights, means[batch.owner]),
+        intercepts=state.w[..., d] - _einsum("pkd,pd->pk", weights, means[batch.owner]),
         objective=state.objective,
         gradient_norm=jnp.sqrt(_dot(state.gradient, state.gradient)),
         gap=state.gap,
@@ -266,13 +269,13 @@ def _losses(margins, labels, weights):
 
 def _curve(residual, p, weights, steps):
     """Sums over rows of the first and second derivative along `steps`, `[2, c]`."""
-    first = jnp.einsum("ckr,ckr->c", residual, steps)
+    first = _einsum("ckr,ckr->c", residual, steps)
     if p.shape[1] == 1:
         spread = p * (1 - p) * jnp.square(steps)
     else:
         mean = jnp.sum(p * steps, axis=1, keepdims=True)
         spread = p * jnp.square(steps - mean)
-    return jnp.stack([first, jnp.einsum("cr,ckr->c", weights, spread)])
+    return jnp.stack([first, _einsum("cr,ckr->c", weights, spread)])
 
 
 class _Units(NamedTuple):
@@ -357,7 +360,7 @@ def _backward(job: _Job, units: _Units, bases, steps, length, d: int):
             lax.dynamic_update_index_in_dim(margins, moved, block, 0),
             gradient.at[tile].add(sums.reshape(gradient.shape[1:])),
             loss.at[tile].add(jnp.sum(losses, axis=1)),
-            spread.at[tile].add(jnp.einsum("cr,ckr->ck", weights, p * (1 - p))),
+            spread.at[tile].add(_einsum("cr,ckr->ck", weights, p * (1 - p))),
         )
 
     (t, c), k = job.batch.problem.shape, bases.shape[2]
