@@ -381,7 +381,8 @@ def over_folds(values, *, confidence: float = 0.95) -> Interval:
     Folds share training rows, so the variance of their mean is taken as
     s^2 (1 / k + 1 / (k - 1)), the second term for the overlap (Nadeau and Bengio 2003,
     https://doi.org/10.1023/A:1024068626366), with Student's t of k - 1 degrees. `std`
-    is the plain standard deviation, divided by k, as the paper's tables have it.
+    is the plain standard deviation, divided by k, as the paper's tables have it. The
+    values are scores in [0, 1], and so are the ends of the interval.
     """
     values = np.asarray(values, np.float64)
     k = values.shape[-1]
@@ -391,7 +392,8 @@ def over_folds(values, *, confidence: float = 0.95) -> Interval:
         return Interval(mean, np.zeros_like(mean), unknown, unknown)
     t = special.stdtrit(k - 1, 0.5 + confidence / 2)
     half = t * values.std(axis=-1, ddof=1) * np.sqrt(1 / k + 1 / (k - 1))
-    return Interval(mean, values.std(axis=-1), mean - half, mean + half)
+    low, high = np.maximum(mean - half, 0), np.minimum(mean + half, 1)
+    return Interval(mean, values.std(axis=-1), low, high)
 
 
 def summary(tasks: Mapping[str, Task], accuracy: np.ndarray) -> list[dict]:

@@ -107,6 +107,7 @@ def test_intervals():
     np.testing.assert_allclose(interval.mean, [0.875, 1.0])
     # t of 3 degrees at 97.5% is 3.18245.
     half = 3.18245 * values[0].std(ddof=1) * np.sqrt(1 / 4 + 1 / 3)
-    np.testing.assert_allclose(interval.high[0] - 0.875, half, rtol=1e-5)
+    np.testing.assert_allclose(0.875 - interval.low[0], half, rtol=1e-5)
+    assert interval.high[0] == min(1, 0.875 + half)
     assert interval.low[1] == interval.high[1] == 1.0
     assert np.isnan(probes.over_folds(values[:, :1]).low).all()
