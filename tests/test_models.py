@@ -148,6 +148,14 @@ def checkpoint(request, tmp_path_factory):
     return path, model
 
 
+# For what costs a compilation of its own; variants of a family share the code.
+ONE_OF_EACH = pytest.mark.parametrize(
+    "checkpoint",
+    [name for name, case in CASES.items() if name == case["model_type"]],
+    indirect=True,
+)
+
+
 def sequences():
     tokens = np.random.default_rng(0).integers(0, 101, (3, 20))
     mask = np.ones_like(tokens)
@@ -194,6 +202,7 @@ def test_what_is_saved_transformers_loads_to_the_same_logits(checkpoint, tmp_pat
     np.testing.assert_array_equal(torch_run(again, tokens, mask)[0], expected)
 
 
+@ONE_OF_EACH
 def test_gradients_agree_with_transformers(checkpoint, agree):
     """Of the mean loss, for every parameter, named as in a checkpoint."""
     path, oracle = checkpoint
@@ -228,6 +237,7 @@ def test_absent_attributes_have_the_values_of_transformers(family):
     assert family.spec(conversion.read_config(silent, family, "silent")) == expected
 
 
+@ONE_OF_EACH
 def test_greedy_generation_agrees_with_transformers(checkpoint):
     path, oracle = checkpoint
     tokens, mask = sequences()
