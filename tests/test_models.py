@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxling import models
 from jaxling.models import conversion
+from jaxling.models.config import read_config
 
 torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
@@ -233,8 +234,8 @@ def test_absent_attributes_have_the_values_of_transformers(family):
     """And all attributes that transformers writes are known."""
     written = transformers.AutoConfig.for_model(family).to_dict()
     family, silent = models.FAMILIES[family], {"model_type": family}
-    expected = family.spec(conversion.read_config(written, family, "written"))
-    assert family.spec(conversion.read_config(silent, family, "silent")) == expected
+    expected = family.spec(read_config(written, family, "written"))
+    assert family.spec(read_config(silent, family, "silent")) == expected
 
 
 @ONE_OF_EACH

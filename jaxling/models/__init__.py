@@ -34,11 +34,12 @@ from . import (
     xglm,
 )
 from .cache import Cache as Cache
+from .config import Family, abstract
 from .generation import generate as generate
 from .model import Model as Model
 
 # By the `model_type` of config.json.
-FAMILIES: dict[str, conversion.Family] = {
+FAMILIES: dict[str, Family] = {
     "bert": bert.FAMILY,
     "bloom": bloom.FAMILY,
     "gemma2": gemma.FAMILY2,
@@ -63,7 +64,7 @@ FAMILIES: dict[str, conversion.Family] = {
 }
 
 
-def family_of(config: Mapping[str, Any], where: str) -> conversion.Family:
+def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family that a config names.
 
     Raises:
@@ -114,7 +115,7 @@ def build(
       CheckpointError: an unknown family, or an attribute that is not handled.
     """
     family = family_of(config, "config")
-    empty = conversion.abstract(config, family, "config")
+    empty = abstract(config, family, "config")
 
     @jax.jit
     def parameters(key: jax.Array) -> nnx.State:

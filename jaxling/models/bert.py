@@ -8,20 +8,10 @@ from typing import Any
 from jaxling.checkpoints import Checkpoint
 
 from . import layers
-from .conversion import (
-    Alias,
-    Family,
-    Ignore,
-    Rule,
-    Rules,
-    has,
-    is_tied,
-    linear,
-    linear_of_heads,
-    same,
-    vector,
-)
+from .config import Family
+from .conversion import has, is_tied
 from .encoder import Encoder, Masked
+from .rules import Alias, Ignore, Rule, Rules, linear, linear_of_heads, same, vector
 
 ATTRIBUTES = {
     "vocab_size": 30522,

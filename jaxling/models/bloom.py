@@ -6,8 +6,9 @@ BigScience, 2022, https://arxiv.org/abs/2211.05100. Any length is allowed.
 from typing import Any
 
 from . import layers, llama
-from .conversion import (
-    Family,
+from .config import Family
+from .decoder import Decoder, Language
+from .rules import (
     Ignore,
     Rule,
     Rules,
@@ -17,7 +18,6 @@ from .conversion import (
     linear_of_heads,
     same,
 )
-from .decoder import Decoder, Language
 
 ATTRIBUTES = {
     "vocab_size": 250880,

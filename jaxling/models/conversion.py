@@ -1,14 +1,8 @@
 """From a checkpoint's tensors to a model's parameters, by rule, and back.
 
-A family is a `Family`: which attributes of `config.json` it understands, the spec they
-make, and a table of rules from templates of tensor names. In a template `{layer}` is
-the number of a block, `{any}` is anything, and a part in parentheses may be absent;
-nothing else is special, and the whole name must fit. A rule names the parameters that
-the tensor fills, by their path in the model, and how; or why it is not needed.
-
-Conversions are views: indexing, reshaping and transposing a mapped tensor reads
-nothing. Values move once, with the cast, into the stacked parameter that is allocated
-for them; with a mesh, only those of the shards that the devices of this process hold.
+Every tensor is used or ignored by a rule, every parameter is filled. Values move once,
+with the cast, from the mapped file into the stacked parameter that is allocated for
+them; with a mesh, only those of the shards that the devices of this process hold.
 """
 
 import json
@@ -16,7 +10,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,227 +22,9 @@ from jax.typing import DTypeLike
 
 from jaxling.checkpoints import Checkpoint, CheckpointError
 
+from .config import Family, abstract
 from .model import Model
-
-
-class Rule(NamedTuple):
-    """How a tensor fills the parameters at `paths`, one layer of each.
-
-    `view(tensor, part, shape)` is the part for `paths[part]` in that parameter's
-    `shape`, without a copy; it raises ValueError where the tensor does not fit.
-    `join(parts)` makes the tensor again.
-    """
-
-    paths: tuple[str, ...]
-    view: Callable[[np.ndarray, int, tuple[int, ...]], np.ndarray]
-    join: Callable[[list[np.ndarray]], np.ndarray]
-
-
-class Ignore(NamedTuple):
-    """A tensor that is known and not needed."""
-
-    reason: str
-
-
-class Alias(NamedTuple):
-    """Another name of the tensor with the rule `of`, for files that lack that one.
-
-    A `copy` that stands beside it must hold the same values.
-    """
-
-    of: str
-    copy: bool = True
-
-
-Rules = Mapping[str, Rule | Ignore | Alias]
-
-
-class Family(NamedTuple):
-    """One file of this package.
-
-    `attributes` are those of `config.json` that `spec` reads, with the values that
-    transformers assumes where they are absent; `fixed` are those that must have one of
-    the values listed; `ignored` do not change what an inference computes. Where the
-    tensors decide what the config leaves open (is there a head?), `amend` does.
-    """
-
-    model: type[Model]
-    attributes: Mapping[str, Any]
-    fixed: Mapping[str, tuple[Any, ...]]
-    spec: Callable[[dict[str, Any]], Any]
-    rules: Callable[[Any], Rules]
-    ignored: tuple[str, ...] = ()
-    aliases: Mapping[str, str] = {}  # other spelling -> the one in `attributes`
-    amend: Callable[[Any, Checkpoint], Any] | None = None
-
-
-# Attributes of any family that name tokens, training, generation or bookkeeping.
-IGNORED = {
-    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype",
-    "_name_or_path", "name_or_path", "_attn_implementation_autoset", "auto_map",
-    "attn_implementation", "_attn_implementation", "use_cache",
-    "gradient_checkpointing",
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "mask_token_id",
-    "unk_token_id", "cls_token_id", "decoder_start_token_id", "forced_bos_token_id",
-    "forced_eos_token_id", "initializer_range", "initializer_factor", "init_std",
-    "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout",
-    "attention_probs_dropout_prob", "activation_dropout", "classifier_dropout",
-    "classifier_dropout_prob", "dropout_rate", "attn_pdrop", "embd_pdrop",
-    "resid_pdrop", "layerdrop", "encoder_layerdrop", "decoder_layerdrop",
-    "finetuning_task", "id2label", "label2id", "num_labels", "problem_type",
-    "task_specific_params", "tokenizer_class", "prefix", "language", "torchscript",
-    "output_attentions", "output_hidden_states", "return_dict", "use_return_dict",
-    "max_length", "min_length", "num_beams", "length_penalty", "early_stopping",
-    "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
-    "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens",
-    "max_new_tokens", "_commit_hash", "directionality", "output_past",
-    "cache_implementation", "chunk_size_feed_forward",
-}  # fmt: skip
-
-
-# Beyond any published model; bounds what a hostile config can cost.
-MOST_LAYERS = 10_000
-
-
-def read_config(raw: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
-    """All attributes that the family's spec reads, checked.
-
-    An attribute that is neither understood nor known to be harmless must be off (None,
-    False or empty), for it may change the mathematics.
-
-    Raises:
-      CheckpointError: unhandled attributes, values or types; all are named.
-    """
-    problems, found = [], {}
-    for name, value in raw.items():
-        name = family.aliases.get(name, name)
-        if name in family.attributes:
-            usual = family.attributes[name]
-            if not _of_kind(value, usual):
-                problems.append(f"{name} is {value!r:.80} (usually {usual!r})")
-            elif "layer" in name and isinstance(value, int) and value > MOST_LAYERS:
-                problems.append(f"{name} is {value}, more than {MOST_LAYERS}")
-            found[name] = value
-        elif name in family.fixed:
-            if value not in family.fixed[name]:
-                allowed = " or ".join(map(repr, family.fixed[name]))
-                problems.append(f"{name} is {value!r:.80}; handled is {allowed}")
-        elif name not in IGNORED and name not in family.ignored:
-            if value not in (None, False) and value != {} and value != []:
-                problems.append(f"{name} = {value!r:.80} is not handled")
-    if problems:
-        raise CheckpointError(f"{where}: {'; '.join(sorted(problems))}.")
-    return {**family.attributes, **found}
-
-
-def abstract(
-    raw: Mapping[str, Any],
-    family: Family,
-    where: str,
-    checkpoint: Checkpoint | None = None,
-) -> Model:
-    """The model that a config describes, with shapes in the place of arrays.
-
-    What the config leaves open, the tensors of the checkpoint decide.
-
-    Raises:
-      CheckpointError: the config describes no model that is handled.
-    """
-    config, config_json = read_config(raw, family, where), json.dumps(dict(raw))
-    try:
-        spec = family.spec(config)
-        if family.amend is not None and checkpoint is not None:
-            spec = family.amend(spec, checkpoint)
-        return nnx.eval_shape(lambda: family.model(spec, config_json, rngs=nnx.Rngs(0)))
-    except KeyError as error:
-        raise CheckpointError(f"{where}: {error} is missing.") from error
-    except (ValueError, TypeError, ArithmeticError) as error:
-        # Of several lines, the first is the family's; the rest is the tracer's.
-        message = str(error).split("\n")[0]
-        raise CheckpointError(f"{where}: {message}.") from error
-
-
-def _of_kind(value: Any, usual: Any) -> bool:
-    if usual is None or value is None:
-        return True
-    if isinstance(usual, bool) or isinstance(usual, str):
-        return type(value) is type(usual)
-    if isinstance(usual, int):
-        return type(value) is int and value >= min(usual, 1)
-    if isinstance(usual, float):
-        return type(value) in (int, float)
-    return isinstance(value, type(usual))
-
-
-# Rules that most families need.
-
-
-def same(path: str) -> Rule:
-    """The tensor as it is; an axis may be split into heads and sizes."""
-    return Rule((path,), _split, lambda parts: parts[0])
-
-
-def vector(path: str) -> Rule:
-    """A bias or scale, whose heads and sizes are one axis in the file."""
-    return Rule((path,), _split, lambda parts: parts[0].reshape(-1))
-
-
-def linear(path: str) -> Rule:
-    """A kernel that torch stores as `[out, in]`; the outs may be heads and sizes."""
-    return Rule(
-        (path,),
-        lambda tensor, part, shape: _transpose(tensor, shape, 1),
-        lambda parts: parts[0].reshape(len(parts[0]), -1).T,
-    )
-
-
-def linear_of_heads(path: str) -> Rule:
-    """As `linear`, of a kernel `[head, size, out]`."""
-    return Rule(
-        (path,),
-        lambda tensor, part, shape: _transpose(tensor, shape, 2),
-        lambda parts: parts[0].reshape(-1, parts[0].shape[-1]).T,
-    )
-
-
-def heads_of_three(path: str) -> Rule:
-    """Query, key and value as one kernel, `[head, (q, k, v), size]` by `d` in torch."""
-    return Rule(
-        _three(path, "kernel"),
-        lambda tensor, part, shape: np.moveaxis(
-            tensor.reshape(shape[1], 3, shape[2], shape[0])[:, part], -1, 0
-        ),
-        lambda parts: np.stack([np.moveaxis(p, 0, -1) for p in parts], 1).reshape(
-            -1, len(parts[0])
-        ),
-    )
-
-
-def biases_of_three(path: str) -> Rule:
-    """The bias of `heads_of_three`."""
-    return Rule(
-        _three(path, "bias"),
-        lambda tensor, part, shape: tensor.reshape(shape[0], 3, shape[1])[:, part],
-        lambda parts: np.stack(parts, 1).reshape(-1),
-    )
-
-
-def _three(path: str, leaf: str) -> tuple[str, ...]:
-    return tuple(f"{path}.{name}.{leaf}" for name in ("query", "key", "value"))
-
-
-def _split(tensor: np.ndarray, part: int, shape: tuple[int, ...]) -> np.ndarray:
-    if tensor.shape != shape and tensor.shape != (np.prod(shape, dtype=int),):
-        raise ValueError
-    return tensor.reshape(shape)
-
-
-def _transpose(tensor: np.ndarray, shape: tuple[int, ...], inputs: int) -> np.ndarray:
-    ins, outs = shape[:inputs], shape[inputs:]
-    if tensor.shape != (np.prod(outs, dtype=int), np.prod(ins, dtype=int)):
-        raise ValueError
-    tensor = tensor.reshape(*outs, *ins)
-    return np.moveaxis(tensor, range(len(outs)), range(-len(outs), 0))
+from .rules import Alias, Ignore, Rule, Rules, as_pattern, spelled
 
 
 class Slot(NamedTuple):
@@ -290,7 +66,7 @@ def _plan(
       CheckpointError: tensors without a rule, tensors and layers that are missing,
         shapes that differ, dtypes that are no floats; all are named.
     """
-    patterns = [(re.compile(_pattern(name)), rule) for name, rule in rules.items()]
+    patterns = [(re.compile(as_pattern(name)), rule) for name, rule in rules.items()]
     plan: dict[str, dict[int | None, Slot]] = {name: {} for name in shapes}
     unknown, wrong, found = [], [], []
     for tensor in checkpoint.tensor_names:
@@ -455,7 +231,7 @@ def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
 
 
 def _named(checkpoint: Checkpoint, template: str) -> str | None:
-    pattern = re.compile(_pattern(template))
+    pattern = re.compile(as_pattern(template))
     return next(
         (name for name in checkpoint.tensor_names if pattern.fullmatch(name)), None
     )
@@ -520,16 +296,3 @@ def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, sort_keys=True)
         file.write("\n")
-
-
-def _pattern(template: str) -> str:
-    pattern = re.escape(template)
-    pattern = re.sub(r"\\\((.*?)\\\)", r"(?:\1)?", pattern)
-    pattern = pattern.replace(r"\{layer\}", r"(?P<layer>0|[1-9][0-9]{0,8})")
-    return pattern.replace(r"\{any\}", ".*")
-
-
-def spelled(template: str, layer: int | None) -> str:
-    """The name that a template stands for, with its optional parts."""
-    name = template.replace("(", "").replace(")", "")
-    return name if layer is None else name.replace("{layer}", str(layer))

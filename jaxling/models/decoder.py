@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from . import layers, model, positions
+from . import blocks, layers, model, positions
 from .cache import Taps, untapped
 
 
@@ -45,7 +45,7 @@ class Decoder(model.Model):
             table(spec.length + spec.position_offset) if learned else None
         )
         self.embedding_norm = layers.Norm(spec.stack) if spec.embedding_norm else None
-        self.decoder = layers.Stack(spec.stack, rngs)
+        self.decoder = blocks.Stack(spec.stack, rngs)
         self.unembedding = None if spec.tied else table(rows)
         self.bias = nnx.Param(jnp.zeros(rows)) if spec.unembed_bias else None
 
@@ -119,7 +119,7 @@ class Decoder(model.Model):
         taps: Taps,
         segment_ids: Array | None = None,
     ) -> Array:
-        where = layers.positions_of(attention_mask, segment_ids)
+        where = positions.positions_of(attention_mask, segment_ids)
         x = self.embed(tokens, where, taps)
         sight = self.decoder.sight(attention_mask, where, where, segments=segment_ids)
         x, _ = self.decoder(x, sight, where, taps)
@@ -147,7 +147,9 @@ class Decoder(model.Model):
         mask = jnp.pad(attention_mask, [(0, 0), (0, new)], constant_values=True)
         shape = (spec.layers, batch, length + new, spec.kv_heads, spec.head_size)
         empty = jnp.zeros(shape, self.embedding[...].dtype)
-        state = Progress((empty, empty), mask, layers.positions_of(mask), jnp.int32(0))
+        state = Progress(
+            (empty, empty), mask, positions.positions_of(mask), jnp.int32(0)
+        )
         last = jnp.max(jnp.arange(length) * attention_mask, axis=1)
         return self._continue(tokens, state, last)
 

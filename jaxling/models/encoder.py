@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from . import layers, model
+from . import blocks, layers, model, positions
 from .cache import Taps, untapped
 
 
@@ -69,7 +69,7 @@ class Encoder(model.Model):
         self.position_embedding = table(spec.length + spec.position_offset)
         self.type_embedding = table(spec.token_types) if spec.token_types else None
         self.embedding_norm = layers.Norm(stack) if spec.embedding_norm else None
-        self.encoder = layers.Stack(stack, rngs)
+        self.encoder = blocks.Stack(stack, rngs)
         self.head = Head(spec, rngs) if spec.head else None
 
     def embed(
@@ -160,7 +160,7 @@ class Encoder(model.Model):
         token_type_ids: Array | None = None,
         segment_ids: Array | None = None,
     ) -> Array:
-        where = layers.positions_of(attention_mask, segment_ids)
+        where = positions.positions_of(attention_mask, segment_ids)
         x = self.embed(tokens, where, taps, token_type_ids)
         sight = self.encoder.sight(attention_mask, where, where, segments=segment_ids)
         x, _ = self.encoder(x, sight, where, taps)

@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from . import layers, model, positions
+from . import attention, blocks, layers, model, positions
 from .cache import Tap, Taps, untapped
 from .decoder import Progress
 
@@ -70,8 +70,8 @@ class EncoderDecoder(model.Model):
         self.embedding = layers.normal(rngs, (rows, width), std)
         self.encoder_entrance = Entrance(spec, spec.encoder, rngs)
         self.decoder_entrance = Entrance(spec, spec.decoder, rngs)
-        self.encoder = layers.Stack(spec.encoder, rngs)
-        self.decoder = layers.Stack(spec.decoder, rngs)
+        self.encoder = blocks.Stack(spec.encoder, rngs)
+        self.decoder = blocks.Stack(spec.decoder, rngs)
         self.unembedding = (
             None if spec.tied else layers.normal(rngs, (rows, width), std)
         )
@@ -160,7 +160,7 @@ class EncoderDecoder(model.Model):
         mask = model.as_mask(
             decoder_attention_mask, decoder_tokens, "decoder_attention_mask"
         )
-        where = layers.positions_of(mask)
+        where = positions.positions_of(mask)
         x = self.embed(decoder_tokens, where, _prefixed(taps, "decoder."))
         sight = self.decoder.sight(mask, where, where)
         x, _ = self.decoder(
@@ -180,7 +180,7 @@ class EncoderDecoder(model.Model):
     ) -> Array:
         """The encoder's output after its final norm, `[batch, position, d]`."""
         taps = Taps() if taps is None else taps
-        where = layers.positions_of(attention_mask)
+        where = positions.positions_of(attention_mask)
         x = self.embed(tokens, where, _prefixed(taps, "encoder."), "encoder")
         sight = self.encoder.sight(attention_mask, where, where)
         x, _ = self.encoder(x, sight, where, taps, prefix="encoder.")
@@ -213,7 +213,7 @@ class EncoderDecoder(model.Model):
         mask = jnp.ones((batch, length + new), bool)
         shape = (spec.layers, batch, length + new, spec.kv_heads, spec.head_size)
         empty = jnp.zeros(shape, self.embedding[...].dtype)
-        where = layers.positions_of(mask)
+        where = positions.positions_of(mask)
         progress = Progress((empty, empty), mask, where, jnp.int32(0))
         return self.advance(prompt, Translating(progress, memory, attention_mask))
 
@@ -247,10 +247,10 @@ class Translating(NamedTuple):
     memory_mask: Array  # [batch, position]
 
 
-def _sight_of(mask: Array) -> layers.Sight:
+def _sight_of(mask: Array) -> attention.Sight:
     """Every query sees every key of the other stack that is no padding."""
     everywhere = jnp.zeros((1, 1, mask.shape[1]), jnp.int32)
-    return layers.Sight(mask[:, None, None, :], everywhere)
+    return attention.Sight(mask[:, None, None, :], everywhere)
 
 
 def _prefixed(taps: Taps, prefix: str) -> Tap:

@@ -10,8 +10,9 @@ import math
 from typing import Any
 
 from . import layers, llama
-from .conversion import Family, Rules
+from .config import Family
 from .decoder import Decoder, Language
+from .rules import Rules
 
 GEMMA2 = {
     name: value

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from . import layers
-from .conversion import Family, Ignore, Rule, Rules, same
+from .config import Family
 from .decoder import Decoder, Language
+from .rules import Ignore, Rule, Rules, same
 
 ATTRIBUTES = {
     "vocab_size": 50257,

@@ -7,8 +7,9 @@ https://arxiv.org/abs/2304.01373.
 from typing import Any
 
 from . import layers, llama
-from .conversion import (
-    Family,
+from .config import Family
+from .decoder import Decoder, Language
+from .rules import (
     Ignore,
     Rule,
     Rules,
@@ -18,7 +19,6 @@ from .conversion import (
     linear_of_heads,
     same,
 )
-from .decoder import Decoder, Language
 
 ATTRIBUTES = {
     "vocab_size": 50432,

@@ -7,16 +7,9 @@ https://arxiv.org/abs/2407.21783.
 from typing import Any
 
 from . import layers, positions
-from .conversion import (
-    Family,
-    Ignore,
-    Rules,
-    linear,
-    linear_of_heads,
-    same,
-    vector,
-)
+from .config import Family
 from .decoder import Decoder, Language
+from .rules import Ignore, Rules, linear, linear_of_heads, same, vector
 
 ATTRIBUTES = {
     "vocab_size": 32000,
@@ -120,7 +113,7 @@ def spec(config: dict[str, Any]) -> Language:
     )
 
 
-# Where the family's norms stand, by the places that `layers.Block` knows.
+# Where the family's norms stand, by the places that `blocks.Block` knows.
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from . import llama
-from .conversion import Family
+from .config import Family
 from .decoder import Decoder, Language
 
 ATTRIBUTES = {

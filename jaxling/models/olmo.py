@@ -7,8 +7,9 @@ https://arxiv.org/abs/2501.00656.
 from typing import Any
 
 from . import llama
-from .conversion import Family, Rules
+from .config import Family
 from .decoder import Decoder, Language
+from .rules import Rules
 
 OLMO = {
     name: value

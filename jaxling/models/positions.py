@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 
 class Rope(NamedTuple):
@@ -189,3 +189,14 @@ def relative_buckets(
     ).astype(jnp.int32)
     far = jnp.minimum(far, buckets - 1)
     return offset + jnp.where(distance < exact, distance, far)
+
+
+def positions_of(mask: Array, segments: Array | None = None) -> Array:
+    """Place of each real token among the real ones (of its document), int32."""
+    mask = mask.astype(jnp.int32)
+    count = jnp.cumsum(mask, axis=1) - 1
+    if segments is not None:
+        new = jnp.pad(segments[:, 1:] != segments[:, :-1], [(0, 0), (1, 0)])
+        begin = jnp.where(new, count, 0)
+        count = count - lax.cummax(begin, axis=1)
+    return jnp.maximum(count, 0)

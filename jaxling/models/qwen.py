@@ -7,7 +7,7 @@ https://arxiv.org/abs/2505.09388.
 from typing import Any
 
 from . import layers, llama
-from .conversion import Family
+from .config import Family
 from .decoder import Decoder, Language
 
 QWEN2 = {

@@ -10,8 +10,10 @@ from typing import Any
 from jaxling.checkpoints import Checkpoint
 
 from . import bert
-from .conversion import Family, Rules, has, is_tied
+from .config import Family
+from .conversion import has, is_tied
 from .encoder import Encoder, Masked
+from .rules import Rules
 
 ATTRIBUTES = {
     **bert.ATTRIBUTES,

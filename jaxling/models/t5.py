@@ -10,18 +10,10 @@ from typing import Any
 from jaxling.checkpoints import Checkpoint
 
 from . import layers
-from .conversion import (
-    Alias,
-    Family,
-    Ignore,
-    Rule,
-    Rules,
-    is_tied,
-    linear,
-    linear_of_heads,
-    same,
-)
+from .config import Family
+from .conversion import is_tied
 from .encoder_decoder import EncoderDecoder, Pair
+from .rules import Alias, Ignore, Rule, Rules, linear, linear_of_heads, same
 
 ATTRIBUTES = {
     "vocab_size": 32128,

@@ -4,17 +4,9 @@ import math
 from typing import Any
 
 from . import layers
-from .conversion import (
-    Family,
-    Ignore,
-    Rule,
-    Rules,
-    linear,
-    linear_of_heads,
-    same,
-    vector,
-)
+from .config import Family
 from .decoder import Decoder, Language
+from .rules import Ignore, Rule, Rules, linear, linear_of_heads, same, vector
 
 ATTRIBUTES = {
     "vocab_size": 256008,
