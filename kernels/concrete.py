@@ -102,7 +102,7 @@ def cross(
     sides = _prepare(a, b, metric, one_scale=True)
     groups = [duplicates.group(s.values, np.asarray(s.valid)) for s in sides]
     floors = [
-        _closeness(best, sides, metric, len(group.of_row))[group.first]
+        _least(_closeness(best, sides, metric, len(group.of_row)), group)
         for best, group in zip((best_a, best_b), groups)
     ]
     ranks = [np.full((len(group.first), k), ranking.EMPTY) for group in groups]
@@ -165,6 +165,14 @@ def _closeness(best, sides, metric, rows) -> np.ndarray:
     return np.where(known, -value if metric == "l2" else value, -np.inf)
 
 
+def _least(floor: np.ndarray, groups: duplicates.Groups) -> np.ndarray:
+    """The lowest floor of each group of identical rows."""
+    least = np.full(len(groups.first), np.inf, np.float32)
+    rows = groups.members
+    np.minimum.at(least, groups.of_row[rows], floor[rows])
+    return least
+
+
 def _merge(
     ranks: np.ndarray, proved: np.ndarray, rows: np.ndarray, found: panels.Ranked
 ) -> None:
@@ -219,7 +227,9 @@ def _expanded(
     closeness, ids = ranking.decode(full[:, :k])
     value = -closeness if metric == "l2" else closeness
     if metric != "cosine":
-        exponent = np.asarray(rows.exponent)[:, None] + np.asarray(keys.exponent[:1])
+        # All keys share one exponent; without keys there is nothing to scale.
+        of_keys = np.asarray(keys.exponent[:1]).sum()
+        exponent = np.asarray(rows.exponent)[:, None] + of_keys
         with np.errstate(over="ignore", under="ignore"):
             value = np.ldexp(value, exponent).astype(np.float32)
     unproved = np.zeros(len(full), bool)

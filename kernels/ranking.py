@@ -4,6 +4,7 @@ One int64 per neighbour on the host: its order is the order of neighbours, so th
 selecting and merging are sorting. NumPy only.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent import futures
 
@@ -75,7 +76,5 @@ def consume(results: Iterable) -> None:
 
 def threads() -> futures.ThreadPoolExecutor:
     """As many as there are processors here: NumPy releases the interpreter's lock."""
-    import os
-
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     return futures.ThreadPoolExecutor(max(1, min(count, 16)))

@@ -25,9 +25,12 @@ RESULTS = pathlib.Path(__file__).with_name("results.jsonl")
 
 
 class Timing(NamedTuple):
-    """Seconds of each repetition, and of the first call, which is apart."""
+    """Seconds of each repetition, and of the first call, which is apart.
 
-    first: float
+    A sibling prepares by itself: it has no first call.
+    """
+
+    first: float | None
     seconds: list[float]
 
     @property
@@ -41,12 +44,12 @@ def interleaved(
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
     """Timings of all contestants, and what each returned last.
 
-    Every contestant is called once before (compilation, caches); a call must return
-    finished results.
+    Whoever shares this process is called once before (compilation); a call must
+    return finished results.
     """
     first, seconds, results = {}, {name: [] for name in contestants}, {}
     for name, call in contestants.items():
-        first[name], results[name] = _timed(call)
+        first[name] = None if isinstance(call, Sibling) else _timed(call)[0]
     for _ in range(repeats):
         for name, call in contestants.items():
             took, results[name] = _timed(call)
@@ -130,7 +133,7 @@ def record(
                 "median": round(timing.median, 4),
                 "least": round(min(timing.seconds), 4),
                 "most": round(max(timing.seconds), 4),
-                "first": round(timing.first, 4),
+                "first": timing.first and round(timing.first, 4),
                 "repeats": len(timing.seconds),
             }
             for name, timing in timings.items()
