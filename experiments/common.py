@@ -53,7 +53,7 @@ TASK = flags.DEFINE_string(
 HARD = flags.DEFINE_bool(
     "hard", False, "Distractors are the nearest words, not random ones."
 )
-WORDS = flags.DEFINE_integer("words", 30, "Words of each ordered pair.", 1)
+WORDS = flags.DEFINE_integer("words", 12, "Words of each ordered pair.", 1)
 SHOTS = flags.DEFINE_integer("shots", 5, "Examples in a prompt.", 0)
 DRAWS = flags.DEFINE_integer("draws", 5, "Prompts of each item, examples redrawn.", 1)
 LANGUAGE_TOKENS = flags.DEFINE_list(

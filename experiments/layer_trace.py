@@ -3,7 +3,7 @@
     python -m experiments.layer_trace --model=allenai/OLMo-7B-0424-hf \
         --revision=step400000 --task=runs/words/task.json --workdir=runs/trace
 
-Default: the demo model on 30 held-out words for each of 20 ordered pairs of its
+Default: the demo model on 12 held-out words for each of 20 ordered pairs of its
 languages, one prompt of five examples for the trace and two for the Score.
 
 Expect: 67 of 79 judged words through a pivot, always the comma, with the untrained

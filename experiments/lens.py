@@ -46,6 +46,7 @@ _PROMPT = (
     "Please translate words from English to Swahili.\n\nEnglish: house\nSwahili: nyumba"
     "\n\nEnglish: king\nSwahili:"
 )
+_ANSWER = " Mfalme"
 _TEXT = flags.DEFINE_string("text", _PROMPT, "What the model reads.")
 _TARGET = flags.DEFINE_string(
     "target", None, "Text whose first token the last position should say."
@@ -178,10 +179,9 @@ def _targets(tokenizer, read: np.ndarray, masked: bool) -> np.ndarray:
     """What each position should say: the next token, or a masked model's own."""
     if masked:
         return np.array(read)
-    wanted = [-1]
-    if _TARGET.value:
-        wanted = tokenizer.encode(_TARGET.value, add_special_tokens=False).ids[:1]
-    return np.array([*read[1:], *wanted])
+    target = _TARGET.value or (_ANSWER if _TEXT.value == _PROMPT else "")
+    wanted = tokenizer.encode(target, add_special_tokens=False).ids[:1]
+    return np.array([*read[1:], *(wanted or [-1])])
 
 
 def _lens(model, tokenizer, stack: str) -> lens.LogitLens | lens.TunedLens:

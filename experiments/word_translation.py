@@ -3,7 +3,7 @@
     python -m experiments.word_translation --model=allenai/OLMo-1B-hf \
         --lexicon=eng-fra:en-fr.txt --names=fra:French --workdir=runs/words
 
-Default: 30 held-out words for each of 20 ordered pairs of the demo's languages, five
+Default: 12 held-out words for each of 20 ordered pairs of the demo's languages, five
 prompts of five training examples each, scored by the demo model.
 
 Expect: Score 0.0000 and 0.43 of the words first among ten with the untrained demo
