@@ -4,7 +4,7 @@
         --revision=step400000 --task=runs/words/task.json --workdir=runs/trace
 
 Default: the demo model on 12 held-out words for each of 20 ordered pairs of its
-languages, one prompt of five examples for the trace and two for the Score.
+languages, one prompt of five examples for the trace and five prompts for the Score.
 
 Expect: 67 of 79 judged words through a pivot, always the comma, with the untrained
 demo weights (4 words a pair): the pivot's mass falls from 0.17 to 0 over five layers.

@@ -6,7 +6,8 @@
 Default: the demo model reads a word-translation prompt, English to Swahili, whose
 answer its training words do not hold; half a minute on 2 CPU cores.
 
-Expect: nothing sensible of the untrained demo weights: a comma in four of five layers.
+Expect: at the answer's place the first layer gives Swahili's tokens between 2% and 7%,
+all later ones at least 28%; the answer itself is not found (rank 577 at the end).
 
 The logit lens (nostalgebraist, 2020): each layer's residual stream is read through the
 final norm and the unembedding. `--tuned_lens=DIR` reads it behind the translators in
