@@ -24,7 +24,7 @@ import tqdm
 
 from jaxling import kernels
 
-PANEL = 32_768
+PANEL = 16_384
 _BLOCK = 1 << 24  # bytes of the matrix looked at together on the host
 
 
@@ -184,8 +184,14 @@ def _pair_band(task: _Task, first: int, best: _Lists) -> Iterator[int]:
     yield size * (size - 1) // 2
     for start in range(0, first, task.panel):
         old = _panel(task, start)
-        down = kernels.nearest_neighbors(old, new, k=k, metric=metric)
-        up = kernels.nearest_neighbors(new, old, k=k, metric=metric)
+        # What a row has already spares it all that is worse.
+        down, up = kernels.cross_neighbors(
+            *(old, new),
+            k=k,
+            metric=metric,
+            best_a=_known(task, best, start),
+            best_b=_known(task, best, first),
+        )
         _merge(task, best, start, down, first)
         _merge(task, best, first, up, start)
         yield task.panel * size
@@ -210,6 +216,16 @@ def _query_band(task: _Task, first: int, best: _Lists) -> Iterator[int]:
         )
         _merge(task, best, start, found, first)
         yield len(ids) * size
+
+
+def _known(task: _Task, best: _Lists, first: int) -> kernels.Neighbors:
+    """The running neighbours of a panel's rows; none for those that fill it up."""
+    scores = np.full((task.panel, task.k), np.nan, np.float32)
+    indices = np.full((task.panel, task.k), -1, np.int32)
+    here = best.scores[first : first + task.panel]
+    scores[: len(here)] = here
+    indices[: len(here)] = best.indices[first : first + task.panel]
+    return kernels.Neighbors(jnp.asarray(scores), jnp.asarray(indices))
 
 
 def _merge(

@@ -228,7 +228,7 @@ def test_a_place_that_cannot_be_written_is_an_error(matrix, tmp_path):
 @pytest.mark.parametrize(
     "n, mebibytes",
     [
-        (24_000, 300),
+        (24_000, 600),
         pytest.param(200_000, 1024, marks=pytest.mark.slow),
     ],
 )
