@@ -62,18 +62,18 @@ else:
     from .problems import weighted as weighted
     from .projection import Projection as Projection
     from .projection import project_layers as project_layers
-    from .reduce import Largest as Largest
     from .reduce import Reducer as Reducer
-    from .reduce import SoftmaxMoments as SoftmaxMoments
     from .reduce import accumulate_scores as accumulate_scores
-    from .reduce import count_above as count_above
     from .reduce import finish_scores as finish_scores
-    from .reduce import group_mass as group_mass
-    from .reduce import log_sum_exp as log_sum_exp
-    from .reduce import maximum as maximum
     from .reduce import merge_scores as merge_scores
-    from .reduce import moments as moments
     from .reduce import reduce_scores as reduce_scores
+    from .reducers import Largest as Largest
+    from .reducers import SoftmaxMoments as SoftmaxMoments
+    from .reducers import count_above as count_above
+    from .reducers import group_mass as group_mass
+    from .reducers import log_sum_exp as log_sum_exp
+    from .reducers import maximum as maximum
+    from .reducers import moments as moments
     from .ridge import RidgePath as RidgePath
     from .ridge import ridge_path as ridge_path
     from .subspaces import cka_grid as cka_grid

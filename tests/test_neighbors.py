@@ -263,8 +263,8 @@ def clustered(rng, rows=1500, d=32):
     centres = rng.normal(size=(20, d))
     x = 2 + centres[rng.integers(0, 20, rows)] + 0.1 * rng.normal(size=(rows, d))
     x[300:420] = x[7]
-    x[900] = 0
-    x[901, 3] = np.nan
+    x[-100] = 0
+    x[-99, 3] = np.nan
     return x.astype(np.float32)
 
 
