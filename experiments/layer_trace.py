@@ -6,8 +6,8 @@
 Default: the demo model on 12 held-out words for each of 20 ordered pairs of its
 languages, one prompt of five examples for the trace and five prompts for the Score.
 
-Expect: 67 of 79 judged words through a pivot, always the comma, with the untrained
-demo weights (4 words a pair): the pivot's mass falls from 0.17 to 0 over five layers.
+Expect: 112 of 240 words through a pivot, mostly frequent English words; their mean mass
+falls from 0.045 to 0.009 over the four layers, the answer's rises from 0.002 to 0.011.
 
 He et al., 2025, "Semantic Pivots", https://arxiv.org/abs/2505.16385, and its released
 code: the logit lens is read in every layer where the answer begins; the token that any

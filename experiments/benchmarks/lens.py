@@ -11,7 +11,9 @@ turns in one process on the same threads. Needs the `torch` extra. The record is
 to `experiments/benchmarks/lens_<dtype>.json`.
 """
 
+import ctypes
 import functools
+import gc
 import json
 import pathlib
 import platform
@@ -41,7 +43,12 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measured(call: Callable[[], object]) -> tuple[float, int]:
-    """Seconds, and by how many bytes the process grew, looked at every 5 ms."""
+    """Seconds, and by how many bytes the process grew, looked at every 5 ms.
+
+    What was freed before is first given back, or it would be used again unseen.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
     def resident() -> int:
         fields = pathlib.Path("/proc/self/statm").read_text().split()
