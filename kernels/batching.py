@@ -60,6 +60,8 @@ class Packed(NamedTuple):
 
 def pack(problems: Problems) -> Packed:
     """Batches that hold every problem once."""
+    filled = (t for t in problems.tiles if len(t.rows) and len(t.problems))
+    problems = problems._replace(tiles=tuple(filled))
     outputs = 1 if problems.classes == 2 else problems.classes
     groups = [
         part for whole in _connected(problems) for part in _divide(whole, outputs)

@@ -266,6 +266,9 @@ def test_builders(rng):
     heavy = kernels.weighted(kernels.repeated(rest, 2), np.arange(7.0))
     rows, _, weights = columns(heavy)[4]
     np.testing.assert_array_equal(rows, weights)
+    nothing = kernels.Tile(np.zeros(0, int), np.arange(3), np.zeros((3, 0), int))
+    packed = batching.pack(rest._replace(tiles=(nothing, *rest.tiles)))
+    assert sorted(np.concatenate(packed.ids)) == [0, 1, 2]
 
 
 def test_traced_features(rng):
