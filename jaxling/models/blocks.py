@@ -28,10 +28,10 @@ class Block(nnx.Module):
     def __init__(self, spec: Spec, rngs: nnx.Rngs):
         self.spec = spec
         stack = (spec.layers,)
-        parts = ["attention", *(["cross"] if spec.cross else []), "mlp"]
-        for part in parts:
-            make = Mlp if part == "mlp" else Attention
-            setattr(self, part, make(spec, rngs))
+        self.attention, self.mlp = Attention(spec, rngs), Mlp(spec, rngs)
+        if spec.cross:
+            self.cross = Attention(spec, rngs)
+        for part in ("attention", *(["cross"] if spec.cross else []), "mlp"):
             own = spec.norm_placement in ("pre", "post", "both")
             after = spec.norm_placement in ("output", "both")
             setattr(self, part + "_norm", Norm(spec, stack) if own else None)
@@ -137,7 +137,7 @@ class Stack(nnx.Module):
         if segments is not None:
             allowed = allowed & (segments[:, :, None] == segments[:, None, :])
         distance = query_positions[:, :, None] - key_positions[:, None, :]
-        bias = None
+        bias: Array | None = None
         if self.spec.alibi:
             slopes = positions.alibi_slopes(self.spec.heads)[:, None, None]
             bias = slopes * -distance[:, None].astype(jnp.float32)

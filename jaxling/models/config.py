@@ -21,7 +21,7 @@ class Family(NamedTuple):
     tensors decide what the config leaves open (is there a head?), `amend` does.
     """
 
-    model: type[Model]
+    model: Callable[..., Model]
     attributes: Mapping[str, Any]
     fixed: Mapping[str, tuple[Any, ...]]
     spec: Callable[[dict[str, Any]], Any]

@@ -46,12 +46,13 @@ def load(
     model = abstract(checkpoint.config, family, str(checkpoint.path), checkpoint)
     graph, state = nnx.split(model)
     shapes = {
-        ".".join(path): tuple(value.shape) for path, value in nnx.to_flat_state(state)
+        ".".join(map(str, path)): tuple(value.shape)
+        for path, value in nnx.to_flat_state(state)
     }
     plan = _plan(checkpoint, family.rules(model.spec), shapes)
     filled = []
     for path, variable in nnx.to_flat_state(state):
-        name = ".".join(path)
+        name = ".".join(map(str, path))
         array = _fill(checkpoint, plan[name], shapes[name], dtype, mesh)
         filled.append((path, variable.replace(array)))
     return nnx.merge(graph, nnx.from_flat_state(filled))
@@ -240,7 +241,7 @@ def _named(checkpoint: Checkpoint, template: str) -> str | None:
 def tensors(model: Model, family: Family) -> dict[str, np.ndarray]:
     """The tensors that a checkpoint of the model holds, by name."""
     parameters = {
-        ".".join(path): variable
+        ".".join(map(str, path)): variable
         for path, variable in nnx.to_flat_state(nnx.state(model))
     }
     found = {}
@@ -276,7 +277,7 @@ def save(model: Model, family: Family, directory: str | os.PathLike) -> None:
             size = 0
         shards[-1].append(name)
         size += array.nbytes
-    files = {}
+    files: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else file

@@ -25,22 +25,24 @@ class Model(nnx.Module):
     Calls are compiled once for each shape, and can be traced by jit, grad and vmap.
     """
 
+    spec: Any  # the family's; hashable
     config_json: str  # the checkpoint's config.json; a string, so that it is hashable
+
+    # The computation, traced: (tokens, attention_mask, *, taps, and what a family
+    # adds) -> logits, with every named point passed to `taps`.
+    forward: Callable[..., Array]
+    # Raises ValueError for inputs that the model cannot take.
+    check: Callable[..., None]
+    # What `generate` needs; an encoder's `prompt` raises ValueError.
+    prompt: Callable[..., Array]
+    check_generation: Callable[..., None]
+    prefill: Callable[..., tuple[Array, Any]]
+    advance: Callable[..., tuple[Array, Any]]
 
     @property
     def config(self) -> dict[str, Any]:
         """The checkpoint's `config.json`."""
         return json.loads(self.config_json)
-
-    def forward(
-        self, tokens: Array, attention_mask: Array, *, taps: Taps, **inputs: Any
-    ) -> Array:
-        """The computation, traced: logits, with every named point passed to `taps`."""
-        raise NotImplementedError
-
-    def check(self, tokens: Array, attention_mask: Array, **inputs: Any) -> None:
-        """Raises ValueError for inputs that the model cannot take."""
-        raise NotImplementedError
 
     def __call__(
         self,

@@ -178,7 +178,7 @@ def relative_buckets(
     then logarithmic up to `max_distance`; half the buckets look ahead unless `causal`.
     """
     if causal:
-        offset, distance = 0, -jnp.minimum(distance, 0)
+        offset, distance = jnp.zeros_like(distance), -jnp.minimum(distance, 0)
     else:
         buckets = buckets // 2
         offset, distance = jnp.where(distance > 0, buckets, 0), jnp.abs(distance)
