@@ -3,19 +3,17 @@
     python -m experiments.demo_materials --materials_for=demo --materials_tokens=768000
 
 Default: mines the lexicon, trains the tokenizer, and writes the first weights of
-`demo-small` and 100,000 tokens of documents; then the lexicon's sizes and the nearest
-neighbours of a few words before any training.
+`demo-small` and 100,000 tokens of documents; then the lexicon's sizes and the
+writing systems of frequent words' neighbours before any training.
 
-Expect: 300 to 600 word pairs with English for each of nine languages, 12,288 tokens.
+Expect: 358 to 616 word pairs with English for each of nine languages; 12,288 tokens.
 
-With `--materials_tokens=768000` the workdir holds what a demo model is trained on by
-
-    python -m experiments.pretrain --recipe=built_in --init=WORKDIR/model
-        --tokens=WORKDIR/tokens --rates=^embedding$=0.1
+With `--materials_for=demo --materials_tokens=768000` the workdir holds what `demo` was
+trained on; its model card has the recipe.
 
 Word pairs are by association over aligned verses (log-likelihood ratio above 25, Dice
 above 0.3, mutual best); the first embedding is a singular value decomposition of which
-verses hold which tokens in any language, so neighbours are translations to begin with.
+verses hold which tokens in any language, beside columns for language and frequency.
 """
 
 import itertools

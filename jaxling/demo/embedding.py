@@ -1,7 +1,10 @@
 """Initial embeddings from which verses hold which tokens (latent semantic analysis).
 
 All languages' tokens of a verse share its column, so a word and its translations start
-out near each other: the demo model's cross-lingual structure is largely put in here.
+out near each other in these columns: most of the demo model's cross-lingual structure
+is put in here. By whole rows, language and frequency included, neighbours are of one
+script.
+
 S. Deerwester et al., "Indexing by Latent Semantic Analysis", JASIS 41 (1990).
 """
 
