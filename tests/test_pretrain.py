@@ -1,0 +1,111 @@
+"""The pre-training script: a whole run from text, and one paragraph for bad input."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+from absl.testing import flagsaver
+
+from jaxling import models, training
+from jaxling.experiments import pretrain
+
+CONFIG = dict(
+    model_type="llama",
+    vocab_size=13_000,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture(autouse=True)
+def parsed():
+    if not absl_flags.FLAGS.is_parsed():
+        absl_flags.FLAGS(["test"])
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 300, 30).tolist() for _ in range(40)]
+    return str(
+        training.write_tokens(tmp_path / "tokens", rows, vocabulary_size=13_000).path
+    )
+
+
+def small(tmp_path, **flags):
+    settings = dict(steps=6, rows=4, length=32, evaluate_every=3, snapshot_every=3)
+    return flagsaver.flagsaver(
+        **{"workdir": str(tmp_path / "run"), **settings, **flags}
+    )
+
+
+def test_a_run_leaves_its_record_its_picture_and_a_model(config, tokens, tmp_path):
+    with small(tmp_path, config=config, tokens=tokens, evaluate_on=[tokens]):
+        pretrain.main([])
+        pretrain.main([])  # again: it is finished, and says the same
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 6
+    steps, losses = training.loss_curve(run)
+    np.testing.assert_array_equal(steps, range(1, 7))
+    assert summary["training_loss"] == losses[-1]
+    assert (run / "loss.png").stat().st_size > 1000
+    file = training.open_tokens(tokens)
+    settings = training.Recipe(batch=4, length=32)
+    exported = models.load(run / "model", dtype="float32")
+    measured = training.evaluate(exported, file, settings)
+    found = summary["evaluations"]["tokens"]
+    np.testing.assert_allclose(measured.loss, found["loss"], rtol=1e-6)
+    fresh = models.build(CONFIG, jax.random.key(0))
+    before = training.evaluate(fresh, file, settings)
+    np.testing.assert_allclose(before.loss, found["before"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(steps=0), "`steps` must be at least 1; got 0"),
+        (dict(length=65), "65 is longer than the 64 positions"),
+        (dict(rates=["embedding"]), "pattern=factor,...; got 'embedding'"),
+        (dict(rates=["embedding=slow"]), "pattern=factor"),
+        (dict(rates=["nowhere=1"]), "'nowhere' is for no parameter"),
+        (dict(documents="a.txt"), "Give --documents or --tokens, not both"),
+        (dict(tokens="nowhere"), "no token file at nowhere"),
+        (dict(config="nowhere.json"), "nowhere.json"),
+        (dict(evaluate_every=-1), "`evaluate_every` must be at least 1"),
+    ],
+)
+def test_bad_flags_are_one_paragraph(config, tokens, tmp_path, flags, message):
+    with small(tmp_path, **{"config": config, "tokens": tokens, **flags}):
+        with pytest.raises((ValueError, OSError), match=message):
+            pretrain.main([])
+
+
+def test_lines_that_are_no_text_are_named(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"fine\n\n  two \n" + b"\xff\xfe\n")
+    lines = training.lines_of(path)
+    assert [next(lines), next(lines)] == ["fine", "two"]
+    with pytest.raises(ValueError, match="text.txt is no UTF-8 text: line 4"):
+        next(lines)
+
+
+def test_the_olmo_recipe_is_one_flag_and_others_change_it(tmp_path):
+    with flagsaver.flagsaver(recipe="olmo"):
+        assert pretrain._recipe() == training.OLMO
+    with flagsaver.flagsaver(recipe="olmo", rows=64, rates=["embed=0"]):
+        changed = training.OLMO._replace(batch=64, rates=(("embed", 0.0),))
+        assert pretrain._recipe() == changed
