@@ -33,6 +33,11 @@ MODELS = flags.DEFINE_list(
 K = flags.DEFINE_integer(
     "k", None, "Neighbours of each row; the experiment's own number when not given.", 1
 )
+CENTER = flags.DEFINE_bool("center", False, "Take each space's mean away first.")
+PARALLEL = flags.DEFINE_string(
+    "parallel", None, "TSV of parallel texts, a column a language; built-in if none."
+)
+LANGUAGES = flags.DEFINE_list("languages", [], "Which languages; all when not given.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where results go; runs/<experiment> when not given."

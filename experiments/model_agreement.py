@@ -33,7 +33,6 @@ _RANDOM_WIDTH = 512
 _PERMUTATIONS = flags.DEFINE_integer(
     "permutations", 20, "Random relabellings behind the band of chance.", 1
 )
-_CENTER = flags.DEFINE_bool("center", False, "Centre the columns before the angles.")
 
 
 def main(argv: list[str]) -> None:
@@ -75,8 +74,7 @@ def main(argv: list[str]) -> None:
     random = np.random.default_rng(common.SEED.value)
     noise = random.standard_normal((ids.shape[1], _RANDOM_WIDTH), np.float32)
     baseline = {
-        model: float(kernels.principal_angles(space, noise, center=_CENTER.value)[0])
-        for model, space in zip(models, spaces)
+        model: float(_angles(space, noise)[0]) for model, space in zip(models, spaces)
     }
     _report(run.workdir, models, rows, baseline, k)
     print(f"\n{ids.shape[1]:,} shared tokens; tables and pictures in {run.workdir}.")
@@ -89,6 +87,10 @@ def main(argv: list[str]) -> None:
             "first_angle_with_random": baseline,
         },
     )
+
+
+def _angles(a, b):
+    return kernels.principal_angles(a, b, center=common.CENTER.value)
 
 
 def _pairs(models):
@@ -104,7 +106,7 @@ def _compare(models, spaces, lists, i, j) -> dict:
         permutations=_PERMUTATIONS.value,
         seed=common.SEED.value,
     )
-    angles = kernels.principal_angles(spaces[i], spaces[j], center=_CENTER.value)
+    angles = _angles(spaces[i], spaces[j])
     return {
         "a": models[i],
         "b": models[j],

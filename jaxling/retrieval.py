@@ -7,7 +7,7 @@ words or sentences.
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,59 @@ import scipy.spatial.distance
 from jaxling import kernels
 
 METHODS = ("nearest", "csls", "inverted_softmax", "margin_ratio")
+MAPS = ("none", "procrustes", "ridge", "rcsls")
+
+
+def word_vectors(
+    tokenizer: Any, matrix: np.ndarray, words: Sequence[str]
+) -> np.ndarray:
+    """Mean of the input embeddings of each word's tokens, `[words, d]` float32.
+
+    Args:
+      tokenizer: one of transformers; words are encoded behind a space, without special
+        tokens. A word without tokens has a zero vector.
+      matrix: `[vocab, d]` embeddings.
+      words: any strings.
+    """
+    encoded = tokenizer([" " + word for word in words], add_special_tokens=False)
+    vectors = np.zeros((len(words), matrix.shape[1]), np.float32)
+    for row, ids in enumerate(encoded["input_ids"]):
+        if ids:
+            vectors[row] = np.asarray(matrix[ids], np.float32).mean(0)
+    return vectors
+
+
+def aligned(vectors: np.ndarray) -> np.ndarray:
+    """Rows at length one, then centred, then at length one again, float32.
+
+    The preprocessing of Artetxe et al., 2018, https://aclanthology.org/P18-1073.
+    """
+    rows = _unit(vectors)
+    return _unit(rows - rows.mean(0))
+
+
+def fit_map(kind: str, source: np.ndarray, target: np.ndarray, pairs: np.ndarray):
+    """A linear map `[d, e]` from one space to another, fitted on word pairs.
+
+    Args:
+      kind: one of `MAPS`; "none" is the identity.
+      source, target: `[n, d]`, `[m, e]`, with rows of length one.
+      pairs: `[p, 2]` rows of source and target that translate each other.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    x, y = source[pairs[:, 0]], target[pairs[:, 1]]
+    if kind == "none":
+        return np.eye(source.shape[1], target.shape[1], dtype=np.float32)
+    if kind == "procrustes":
+        return np.asarray(kernels.procrustes(x, y))
+    if kind == "ridge":
+        return np.asarray(kernels.ridge_map(x, y, l2=1.0))
+    if kind == "rcsls":
+        k = min(10, len(source), len(target))
+        return np.asarray(kernels.rcsls(x, y, source, target, k=k, spectral=True).map)
+    raise ValueError(f"`kind` must be one of {MAPS}; got {kind!r}.")
 
 
 def translate(
@@ -52,30 +105,41 @@ def translate(
     Raises:
       ValueError: an unknown method, or arguments that do not fit.
     """
+    n, m = len(source), len(target)
+    x, y = _padded(source), _padded(target)
     if method == "nearest":
-        return kernels.nearest_neighbors(source, target, k=k)
-    if method == "csls":
-        return kernels.csls_neighbors(source, target, k=k, neighborhood=neighborhood)
-    if method == "inverted_softmax":
-        return _inverted_softmax(source, target, k, inverse_temperature)
-    if method == "margin_ratio":
-        found = kernels.nearest_neighbors(source, target, k=max(k, neighborhood))
-        scored = _by_margin(found, source, target, neighborhood)
-        return kernels.Neighbors(scored.scores[:, :k], scored.indices[:, :k])
-    raise ValueError(f"`method` must be one of {METHODS}; got {method!r}.")
+        found = kernels.nearest_neighbors(x, y, k=k)
+    elif method == "csls":
+        found = kernels.csls_neighbors(x, y, k=k, neighborhood=neighborhood)
+    elif method == "inverted_softmax":
+        found = _inverted_softmax(x, y, n, m, k, inverse_temperature)
+    elif method == "margin_ratio":
+        found = kernels.nearest_neighbors(x, y, k=max(k, neighborhood))
+        found = _by_margin(found, x, y, neighborhood)
+    else:
+        raise ValueError(f"`method` must be one of {METHODS}; got {method!r}.")
+    return kernels.Neighbors(
+        np.asarray(found.scores)[:n, :k], np.asarray(found.indices)[:n, :k]
+    )
+
+
+def _padded(rows: np.ndarray) -> np.ndarray:
+    """Filled up with NaN rows, nobody's neighbours, so that few shapes are compiled."""
+    rows = np.asarray(rows, np.float32)
+    return np.pad(rows, ((0, -len(rows) % 512), (0, 0)), constant_values=np.nan)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
     return np.asarray(kernels.numerics.unit(jnp.asarray(x)))
 
 
-def _inverted_softmax(source, target, k, inverse_temperature):
+def _inverted_softmax(source, target, n, m, k, inverse_temperature):
     """One inner product: the normaliser of each target is one more column."""
     x, y = _unit(source), _unit(target)
     normaliser = kernels.reduce_scores(
-        inverse_temperature * y, x, (kernels.log_sum_exp(),)
+        inverse_temperature * y[:m], x[:n], (kernels.log_sum_exp(),)
     )[0]
-    normaliser = np.asarray(normaliser, np.float32)[:, None]
+    normaliser = np.pad(np.asarray(normaliser, np.float32), (0, len(y) - m))[:, None]
     left = np.concatenate([inverse_temperature * x, -np.ones_like(x[:, :1])], 1)
     return kernels.nearest_neighbors(
         left, np.concatenate([y, normaliser], 1), k=k, metric="dot"
@@ -86,17 +150,24 @@ def _by_margin(found, source, target, neighborhood) -> kernels.Neighbors:
     """Orders each row's nearest targets by the ratio margin."""
     scores, indices = np.array(found.scores), np.asarray(found.indices)
     nearest = min(neighborhood, scores.shape[1])
-    own = np.nanmean(scores[:, :nearest], axis=1)
+    own = _mean(scores[:, :nearest])
     back = kernels.nearest_neighbors(
         target, source, k=min(neighborhood, len(np.asarray(source)))
     )
-    theirs = np.nanmean(np.asarray(back.scores), axis=1)
+    theirs = _mean(np.asarray(back.scores))
     scores = scores / ((own[:, None] + theirs[indices]) / 2)
     scores[indices < 0] = -np.inf
     order = np.lexsort((indices, -scores), axis=-1)
     scores = np.take_along_axis(scores, order, 1)
     scores[~np.isfinite(scores)] = np.nan
     return kernels.Neighbors(scores, np.take_along_axis(indices, order, 1))
+
+
+def _mean(scores: np.ndarray) -> np.ndarray:
+    """Of the slots that are not empty; NaN where all are."""
+    there = ~np.isnan(scores)
+    sums = np.where(there, scores, 0).sum(1)
+    return np.where(there.any(1), sums / np.maximum(there.sum(1), 1), np.nan)
 
 
 class Induction(NamedTuple):
@@ -179,17 +250,13 @@ def mine_bitext(source: np.ndarray, target: np.ndarray, *, k: int = 4) -> Bitext
     Raises:
       ValueError: shapes that do not fit.
     """
-    k_forward = min(k, len(np.asarray(target)))
-    k_backward = min(k, len(np.asarray(source)))
-    forward = kernels.nearest_neighbors(source, target, k=k_forward)
-    backward = kernels.nearest_neighbors(target, source, k=k_backward)
-    best = _by_margin(forward, source, target, k)
-    back = _by_margin(backward, target, source, k)
-    there = np.asarray(best.indices)[:, 0]
-    home = np.asarray(back.indices)[:, 0]
+    forward = translate(source, target, k=1, method="margin_ratio", neighborhood=k)
+    backward = translate(target, source, k=1, method="margin_ratio", neighborhood=k)
+    there = forward.indices[:, 0]
+    home = backward.indices[:, 0]
     rows = np.flatnonzero(there >= 0)
     rows = rows[home[there[rows]] == rows]
-    margins = np.asarray(best.scores)[rows, 0]
+    margins = forward.scores[rows, 0]
     order = np.argsort(-margins, kind="stable")
     pairs = np.stack([rows, there[rows]], 1)
     return Bitext(pairs[order], margins[order])

@@ -111,3 +111,8 @@ def test_the_name_kernels_is_left_to_its_owner(tmp_path, installed):
         """
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=dict(os.environ))
+
+
+def test_the_readme_lists_the_experiments_as_they_describe_themselves():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert listing.markdown() in readme, "python -m experiments --markdown"

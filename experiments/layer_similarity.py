@@ -1,0 +1,153 @@
+"""Which layers, models and languages hold the same texts in the same arrangement?
+
+    python -m experiments.layer_similarity --model=xlm-roberta-base
+        --models=bert-base-multilingual-cased --parallel=texts.tsv
+
+Default: the demo model against itself and against `demo-small`, and its ten languages
+against each other, on 150 verses of Luke that neither saw.
+
+Expect: TO BE MEASURED
+
+Debiased linear CKA (Kornblith et al., 2019; Nguyen et al., 2021), 0 for unrelated and 1
+for equal arrangements, and the share of the 10 nearest texts that two spaces have in
+common: layer by layer within a model and between models (texts of the first language),
+and language by language at every layer of --model. A text's vector is the mean of its
+tokens' vectors; layer 0 is the input embedding.
+"""
+
+import numpy as np
+
+from jaxling import kernels, labelled_text, models, neighborhoods, parallel_text
+from jaxling.report import plots, tables
+
+from . import common
+
+_TEXTS = 150
+_K = 10
+
+
+def main(argv: list[str]) -> None:
+    """Compares spaces, writes one table and a heat-map for each comparison."""
+    del argv
+    languages = common.LANGUAGES.value
+    if common.PARALLEL.value:
+        texts = parallel_text.read_parallel(common.PARALLEL.value, languages, _TEXTS)
+    else:
+        texts = parallel_text.demo_parallel(languages, _TEXTS)
+    names = list(dict.fromkeys([common.MODEL.value, *common.MODELS.value]))
+    k = min(common.K.value or _K, len(texts.items) - 1)
+    run = common.begin("layer_similarity", {"items": texts.items})
+    first, *others = list(texts.texts)
+    own = _spaces(names[0], common.REVISION.value, texts)
+    alone = texts._replace(texts={first: texts.texts[first]})
+    against = {names[0]: own[first]}
+    for name in names[1:]:
+        against[name] = _spaces(name, None, alone)[first]
+    rows = []
+    for name, space in against.items():
+        rows += _grid(run.workdir, names[0], own[first], name, space, k)
+    by_layer = _languages(run.workdir, own, k, rows)
+    tables.write_parquet(
+        run.workdir / "similarity.parquet", {f: [r[f] for r in rows] for f in rows[0]}
+    )
+    depth = len(own[first])
+    lines = [[i, by_layer["cka"][i], by_layer["neighbors"][i]] for i in range(depth)]
+    header = ["layer", "CKA of languages", f"{k} nearest shared"]
+    print(tables.format_table(header, lines))
+    plots.save_curves(
+        run.workdir / "languages_by_layer.png",
+        ["debiased CKA", f"{k} nearest shared"],
+        [by_layer["cka"], by_layer["neighbors"]],
+        title=f"Mean over pairs of {1 + len(others)} languages",
+        x_label="layer",
+    )
+    common.finish(
+        run, {"items": len(texts.items), "languages_by_layer": by_layer, "k": k}
+    )
+    print(f"\nTable and pictures are in {run.workdir}.")
+
+
+def _spaces(name, revision, texts):
+    tokenizer = labelled_text.load_tokenizer(name, revision)
+    model = models.load(name, revision=revision, dtype="float32")
+    return parallel_text.spaces(model, tokenizer, texts, center=common.CENTER.value)
+
+
+def _nearest(space: np.ndarray, k: int) -> list[np.ndarray]:
+    return [np.asarray(kernels.all_pairs_neighbors(x, k=k).indices) for x in space]
+
+
+def _grid(workdir, a, x, b, y, k) -> list[dict]:
+    """Layers of `a` against layers of `b`, on the same texts."""
+    cka = np.asarray(kernels.cka_grid(x, y, debiased=True))
+    lists = _nearest(x, k), _nearest(y, k)
+    shared = np.array(
+        [
+            [neighborhoods.shared_neighbors(p, q).mean() / k for q in lists[1]]
+            for p in lists[0]
+        ]
+    )
+    short = ["/".join(name.split("/")[-2:]) for name in (a, b)]
+    for measure, values in (("cka", cka), ("neighbors", shared)):
+        plots.save_heatmap(
+            workdir / f"{measure}_{short[1].replace('/', '_')}.png",
+            [str(i) for i in range(len(x))],
+            [str(i) for i in range(len(y))],
+            values,
+            title={"cka": "Debiased CKA", "neighbors": f"{k} nearest shared"}[measure],
+            row_label=f"layer of {short[0]}",
+            column_label=f"layer of {short[1]}",
+            limits=(0, 1),
+        )
+    return [
+        _row("layers", (a, b), (i, j), cka[i, j], shared[i, j])
+        for i in range(len(x))
+        for j in range(len(y))
+    ]
+
+
+def _languages(workdir, spaces, k, rows) -> dict[str, list[float]]:
+    """Languages against each other at every layer; means by layer, best as picture."""
+    names = list(spaces)
+    lists = {name: _nearest(spaces[name], k) for name in names}
+    depth, size = len(lists[names[0]]), len(names)
+    grids = np.full((2, depth, size, size), np.nan)
+    for layer in range(depth):
+        here = np.stack([spaces[name][layer] for name in names])
+        cka = np.asarray(kernels.cka_grid(here, here, debiased=True))
+        for i in range(size):
+            for j in range(i):
+                shared = neighborhoods.shared_neighbors(
+                    lists[names[i]][layer], lists[names[j]][layer]
+                )
+                found = cka[i, j], shared.mean() / k
+                grids[:, layer, i, j] = grids[:, layer, j, i] = found
+                pair, at = (names[j], names[i]), (layer, layer)
+                rows.append(_row("languages", pair, at, *grids[:, layer, i, j]))
+    means = np.nanmean(grids, axis=(2, 3))
+    best = int(means[0].argmax())
+    plots.save_heatmap(
+        workdir / "languages.png",
+        names,
+        names,
+        grids[0, best],
+        title=f"Debiased CKA of languages at layer {best}",
+        limits=(0, 1),
+    )
+    return {"cka": means[0].tolist(), "neighbors": means[1].tolist()}
+
+
+def _row(between, pair, layers, cka, shared) -> dict:
+    return {
+        "between": between,
+        "a": pair[0],
+        "b": pair[1],
+        "layer_a": layers[0],
+        "layer_b": layers[1],
+        "debiased_cka": float(cka),
+        "neighbors_shared": float(shared),
+    }
+
+
+if __name__ == "__main__":
+    common.launch(main)
