@@ -37,6 +37,9 @@ CENTER = flags.DEFINE_bool("center", False, "Take each space's mean away first."
 PARALLEL = flags.DEFINE_string(
     "parallel", None, "TSV of parallel texts, a column a language; built-in if none."
 )
+PER_LANGUAGE = flags.DEFINE_integer(
+    "per_language", None, "Texts of each language; the experiment's own if none.", 2
+)
 LANGUAGES = flags.DEFINE_list("languages", [], "Which languages; all when not given.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 WORKDIR = flags.DEFINE_string(

@@ -37,9 +37,7 @@ _TEXTS = flags.DEFINE_string("texts", None, "TSV of labelled texts; built-in if 
 _LEVEL = flags.DEFINE_enum(
     "level", "token", ["token", "sentence"], "What has a label: words, or whole texts."
 )
-_PER_LANGUAGE = flags.DEFINE_integer(
-    "per_language", 60, "Built-in verses of each language.", lower_bound=15
-)
+_VERSES = 60  # of each language
 _LEAST = 50  # rows of a label, below which it is not probed
 
 
@@ -50,7 +48,7 @@ def main(argv: list[str]) -> None:
     if _TEXTS.value:
         texts = labelled_text.read_texts(_TEXTS.value, level=level)
     else:
-        texts = labelled_text.demo_texts(_PER_LANGUAGE.value)
+        texts = labelled_text.demo_texts(common.PER_LANGUAGE.value or _VERSES)
     tokenizer = labelled_text.load_tokenizer(name, common.REVISION.value)
     model = models.load(name, revision=common.REVISION.value, dtype="float32")
     run = common.begin("layer_probes", {"texts": len(texts.texts)})

@@ -29,11 +29,11 @@ _K = 10
 def main(argv: list[str]) -> None:
     """Compares spaces, writes one table and a heat-map for each comparison."""
     del argv
-    languages = common.LANGUAGES.value
+    languages, most = common.LANGUAGES.value, common.PER_LANGUAGE.value or _TEXTS
     if common.PARALLEL.value:
-        texts = parallel_text.read_parallel(common.PARALLEL.value, languages, _TEXTS)
+        texts = parallel_text.read_parallel(common.PARALLEL.value, languages, most)
     else:
-        texts = parallel_text.demo_parallel(languages, _TEXTS)
+        texts = parallel_text.demo_parallel(languages, most)
     names = list(dict.fromkeys([common.MODEL.value, *common.MODELS.value]))
     k = min(common.K.value or _K, len(texts.items) - 1)
     run = common.begin("layer_similarity", {"items": texts.items})

@@ -17,23 +17,19 @@ mean away. Chance is one over the number of sentences.
 import itertools
 
 import numpy as np
-from absl import flags
 
 from jaxling import kernels, labelled_text, models, parallel_text, retrieval
 from jaxling.report import plots, tables
 
 from . import common
 
-_ITEMS = flags.DEFINE_integer(
-    "items", None, "Texts of each language at most; the experiment's own if none.", 2
-)
-_DEFAULT_ITEMS = 150
+_TEXTS = 150
 
 
 def main(argv: list[str]) -> None:
     """Retrieves at every layer, writes the table, the curves and the best heat-map."""
     del argv
-    name, most = common.MODEL.value, _ITEMS.value or _DEFAULT_ITEMS
+    name, most = common.MODEL.value, common.PER_LANGUAGE.value or _TEXTS
     languages = common.LANGUAGES.value
     if common.PARALLEL.value:
         texts = parallel_text.read_parallel(common.PARALLEL.value, languages, most)
