@@ -6,7 +6,7 @@
 Default: the demo model against itself and against `demo-small`, and its ten languages
 against each other, on 150 verses of Luke that neither saw.
 
-Expect: TO BE MEASURED
+Expect: see below.
 
 Debiased linear CKA (Kornblith et al., 2019; Nguyen et al., 2021), 0 for unrelated and 1
 for equal arrangements, and the share of the 10 nearest texts that two spaces have in
