@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
@@ -336,7 +337,10 @@ def _streamed_all_pairs(x, *, k, metric, include_self, named):
 
 def _streamed_cross(a, b, best_a, best_b, *, k, metric, named):
     _check_streamed(named, a, b)
-    bests = (None if best is None else best.scores[:, -1] for best in (best_a, best_b))
+    bests = (
+        None if best is None else np.asarray(best.scores)[:, -1]
+        for best in (best_a, best_b)
+    )
     found = concrete.cross(jnp.asarray(a), jnp.asarray(b), k, metric, *bests)
     of_a, of_b = (_from_host(lists)[0] for lists in found)
     return of_a, of_b
