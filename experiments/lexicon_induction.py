@@ -5,7 +5,7 @@
 Default: the demo model and its lexicon, English with each of its nine other languages
 in both directions; maps fitted on training words, asked on held-out test words.
 
-Expect: see below.
+Expect: not recorded yet for the trained demo model.
 
 A word's vector is the mean of the input embeddings of its tokens, at length one,
 centred, at length one again. Candidates are all words of the target language that the
