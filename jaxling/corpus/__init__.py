@@ -2,8 +2,9 @@
 
     terms = surface_terms(["house", "maison", "家"])
     plan = Plan(terms, window=100)
-    counts = count_documents(texts, plan)                   # in memory
-    pair_counts(counts.document_pairs, [0], [1])            # documents with both
+    counts = count_documents(texts, plan)  # a stream of documents
+    counts = count_corpus(find_shards(["data/*.jsonl.zst"]), plan).counts
+    pair_counts(counts.document_pairs, [0], [1])  # documents with both
 
 `find_shards` and `read_shard` stream documents; `count_shard` counts one shard and
 `merge` joins two counts: everything else (processes, resuming, Dask) is these two.
@@ -20,6 +21,11 @@ from .readers import Damage as Damage
 from .readers import Shard as Shard
 from .readers import find_shards as find_shards
 from .readers import read_shard as read_shard
+from .runs import Corpus as Corpus
+from .runs import count_corpus as count_corpus
+from .runs import count_on_dask as count_on_dask
+from .runs import load_counts as load_counts
+from .runs import save_counts as save_counts
 from .terms import Terms as Terms
 from .terms import surface_terms as surface_terms
 from .terms import token_terms as token_terms

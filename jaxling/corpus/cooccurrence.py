@@ -4,25 +4,27 @@ One pure function counts a shard, another merges two counts; merging is associat
 commutative, so that shards may be counted anywhere and in any order.
 """
 
-import collections
-import itertools
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import sparse
 
-from .readers import Damage, Shard, read_shard
+from . import matching
+from .readers import EXAMPLES, Damage, Shard, read_shard
 from .terms import Terms
+
+_BATCH = 4096  # documents
+_HELD = 1 << 22  # entries of a table of documents by terms before it is multiplied
 
 
 class Plan(NamedTuple):
     """What to count.
 
     `terms`: whom to look for. `pairs`: count documents that hold two of them. `window`:
-    count pairs of occurrences at most so many units (words, or tokens) apart.
-    `tokens`: how often each token occurs, and in how many documents. `term_tokens`:
-    documents that hold both a term and a token, for every term and token.
+    count pairs of occurrences that begin at most so many units (words, or tokens)
+    apart. `tokens`: how often each token occurs, and in how many documents.
+    `term_tokens`: documents that hold a term and a token, for every term and token.
 
     `tokenizer` (a `tokenizers.Tokenizer`) turns texts into tokens where tokens are
     counted or terms are sequences of tokens; documents may also be token ids already.
@@ -55,9 +57,9 @@ class Counts(NamedTuple):
     documents: int
     """Documents that are not empty."""
     characters: int
-    """Of texts; bytes of UTF-8 would be more."""
+    """Of texts; as UTF-8 they have more bytes."""
     units: int
-    """Words, or tokens, looked at."""
+    """Words looked at for surface terms, otherwise tokens."""
     term_documents: np.ndarray | None
     """`[term]`: documents that hold the term."""
     term_occurrences: np.ndarray | None
@@ -65,7 +67,7 @@ class Counts(NamedTuple):
     document_pairs: Pairs | None
     """(term, term): documents that hold both."""
     window_pairs: Pairs | None
-    """(term, term): pairs of places, at most `window` units apart."""
+    """(term, term): pairs of their places, at most `window` units apart."""
     token_occurrences: np.ndarray | None
     """`[token]`."""
     token_documents: np.ndarray | None
@@ -75,95 +77,6 @@ class Counts(NamedTuple):
     damage: Damage = Damage()
 
 
-def count_documents(documents: Iterable[str | np.ndarray], plan: Plan) -> Counts:
-    """Counts a stream of documents, texts or arrays of token ids; pure.
-
-    Raises:
-      ValueError: the plan cannot be carried out on such documents; a token is not in
-        the vocabulary.
-    """
-    terms = plan.terms
-    size = plan.vocabulary_size or (
-        plan.tokenizer.get_vocab_size() if plan.tokenizer else 0
-    )
-    n = len(terms.names) if terms else 0
-    found, alone = collections.Counter(), collections.Counter()
-    both, near, joint = (collections.Counter() for _ in range(3))
-    tokens, with_token = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    seen = characters = units = empty = 0
-    patterns = []
-    if terms and terms.kind == "surface":
-        patterns = [
-            re.compile(rf"(?<!\w){re.escape(w.casefold())}(?!\w)") for w in terms.names
-        ]
-    for document in documents:
-        if not len(document):
-            empty += 1
-            continue
-        seen += 1
-        ids = None
-        if isinstance(document, str):
-            characters += len(document)
-            if plan.tokenizer is not None:
-                coded = plan.tokenizer.encode(document, add_special_tokens=False)
-                ids = np.array(coded.ids, np.int64)
-        else:
-            ids = np.asarray(document, np.int64)
-        hits = []
-        if patterns:
-            text = document.casefold()
-            starts = {m.start(): i for i, m in enumerate(re.finditer(r"\w+", text))}
-            units += len(starts)
-            for term, pattern in enumerate(patterns):
-                hits += [(starts[m.start()], term) for m in pattern.finditer(text)]
-        elif terms:
-            units += len(ids)
-            row = ids.tolist()
-            for term, variants in enumerate(terms.variants):
-                hits += {
-                    (i, term)
-                    for v in variants
-                    for i in range(len(row))
-                    if tuple(row[i : i + len(v)]) == v
-                }
-        own = sorted({term for _, term in hits})
-        alone.update(term for _, term in hits)
-        found.update(own)
-        if plan.pairs:
-            both.update(itertools.combinations(own, 2))
-        if plan.window is not None:
-            near.update(
-                (min(a, b), max(a, b))
-                for (p, a), (q, b) in itertools.combinations(hits, 2)
-                if a != b and abs(p - q) <= plan.window
-            )
-        if ids is not None and (plan.tokens or plan.term_tokens):
-            tokens += np.bincount(ids, minlength=size)
-            distinct = np.unique(ids)
-            with_token[distinct] += 1
-            if plan.term_tokens:
-                joint.update(itertools.product(own, distinct.tolist()))
-    return Counts(
-        seen,
-        characters,
-        units,
-        np.array([found[i] for i in range(n)], np.int64) if terms else None,
-        np.array([alone[i] for i in range(n)], np.int64) if terms else None,
-        _pairs(both) if terms and plan.pairs else None,
-        _pairs(near) if terms and plan.window is not None else None,
-        tokens if plan.tokens or plan.term_tokens else None,
-        with_token if plan.tokens or plan.term_tokens else None,
-        _pairs(joint) if plan.term_tokens else None,
-        Damage(empty=empty),
-    )
-
-
-def _pairs(counter: collections.Counter) -> Pairs:
-    keys = sorted(counter)
-    first, second = np.array(keys, np.int32).reshape(-1, 2).T
-    return Pairs(first, second, np.array([counter[key] for key in keys], np.int64))
-
-
 def count_shard(shard: Shard, plan: Plan, *, strict: bool = False) -> Counts:
     """Reads and counts one shard; with `strict` the first damage raises.
 
@@ -171,30 +84,309 @@ def count_shard(shard: Shard, plan: Plan, *, strict: bool = False) -> Counts:
       ValueError: as `count_documents`; damage, where it is `strict`.
       OSError: the shard cannot be read.
     """
-    del strict
-    return count_documents(read_shard(shard), plan)
+    damage = [Damage()]
+
+    def damaged(more: Damage) -> None:
+        damage[0] = add_damage(damage[0], more)
+
+    counts = count_documents(read_shard(shard, None if strict else damaged), plan)
+    return counts._replace(damage=add_damage(damage[0], counts.damage))
+
+
+def add_damage(a: Damage, b: Damage) -> Damage:
+    """The damage of both, with the first few examples."""
+    return Damage(
+        a.skipped + b.skipped,
+        a.mended + b.mended,
+        a.empty + b.empty,
+        (a.examples + b.examples)[:EXAMPLES],
+    )
+
+
+def count_documents(documents: Iterable[str | np.ndarray], plan: Plan) -> Counts:
+    """Counts a stream of documents, texts or arrays of token ids; pure.
+
+    Holds a few thousand documents at a time, and tables of what was counted.
+
+    Raises:
+      ValueError: the plan cannot be carried out on such documents; a token is not in
+        the vocabulary.
+    """
+    size = _check(plan)
+    terms = plan.terms
+    matcher = matching.compile_terms(terms) if terms else None
+    n = len(terms.names) if terms else 0
+    counts_tokens = plan.tokens or plan.term_tokens
+    needs_tokens = counts_tokens or (terms is not None and terms.kind == "tokens")
+    totals = np.zeros(4, np.int64)  # documents, characters, units, empty
+    term_totals = np.zeros((2, n), np.int64)  # documents, occurrences
+    token_totals = np.zeros((2, size if counts_tokens else 0), np.int64)
+    both, near, joint = Sums(), Sums(), Sums()
+    held: list[tuple[sparse.csr_array, sparse.csr_array | None]] = []
+
+    def multiply() -> None:
+        """Counts the documents that are held."""
+        if not held:
+            return
+        by_term = sparse.vstack([part for part, _ in held], format="csr")
+        if plan.pairs:
+            _add_pairs(both, by_term)
+        if plan.term_tokens:
+            by_token = sparse.vstack([part for _, part in held], format="csr")
+            _add_products(joint, by_term, by_token)
+        held.clear()
+
+    for batch in _batches(documents, totals):
+        coded = _coded(batch, plan, size) if needs_tokens else None
+        matches = None
+        if matcher and terms and terms.kind == "surface":
+            if not isinstance(batch[0], str):
+                raise ValueError(
+                    "Surface terms are looked for in texts; the documents are token"
+                    " ids. Make the terms with `token_terms`."
+                )
+            matches = matching.find_in_texts(matcher, batch)
+        elif matcher:
+            matches = matching.find_in_tokens(matcher, coded)
+        totals[2] += (
+            sum(map(len, coded or ())) if matches is None else matches.units.sum()
+        )
+        by_token = None
+        if counts_tokens:
+            by_token = _by_token(coded, size)
+            token_totals[0] += np.bincount(np.concatenate(coded), minlength=size)
+            token_totals[1] += np.bincount(by_token.indices, minlength=size)
+        if matches is None:
+            continue
+        by_term = _table(matches.documents, matches.terms, (len(batch), n))
+        term_totals[0] += np.bincount(by_term.indices, minlength=n)
+        term_totals[1] += np.bincount(matches.terms, minlength=n)
+        if plan.window is not None:
+            _add_near(near, matches, plan.window, n)
+        if plan.pairs or plan.term_tokens:
+            held.append((by_term, by_token if plan.term_tokens else None))
+            if sum(a.nnz + (b.nnz if b is not None else 0) for a, b in held) > _HELD:
+                multiply()
+    multiply()
+    return Counts(
+        *(int(total) for total in totals[:3]),
+        term_totals[0] if terms else None,
+        term_totals[1] if terms else None,
+        both.pairs(n) if terms and plan.pairs else None,
+        near.pairs(n) if terms and plan.window is not None else None,
+        token_totals[0] if counts_tokens else None,
+        token_totals[1] if counts_tokens else None,
+        joint.pairs(size) if plan.term_tokens else None,
+        Damage(empty=int(totals[3])),
+    )
+
+
+def _check(plan: Plan) -> int:
+    """The size of the vocabulary, 0 where there is none.
+
+    Raises:
+      ValueError: the plan contradicts itself.
+    """
+    size = plan.vocabulary_size
+    if size is None:
+        size = plan.tokenizer.get_vocab_size() if plan.tokenizer else 0
+    if plan.terms is None and (plan.term_tokens or not plan.tokens):
+        raise ValueError("A plan needs `terms`, or counts `tokens` alone.")
+    if (plan.tokens or plan.term_tokens) and not size:
+        raise ValueError(
+            "Counting tokens needs `tokenizer`, or `vocabulary_size` where documents"
+            " are token ids already."
+        )
+    if plan.window is not None and plan.window < 1:
+        raise ValueError(f"`window` must be at least 1 unit; got {plan.window}.")
+    return size
+
+
+def _batches(documents: Iterable, totals: np.ndarray) -> Iterator[list]:
+    """Documents that are looked at together; adds them to `totals`."""
+    batch: list = []
+    size = 0
+    for document in documents:
+        length = len(document)
+        text = isinstance(document, str)
+        if not length or (text and document.isspace()):
+            totals[3] += 1
+            continue
+        totals[0] += 1
+        if text:
+            totals[1] += length
+        if batch and (
+            size + length > matching.BLOCK
+            or len(batch) >= _BATCH
+            or isinstance(batch[0], str) != text
+        ):
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += length
+    if batch:
+        yield batch
+
+
+def _coded(batch: Sequence, plan: Plan, size: int) -> list[np.ndarray]:
+    """The token ids of each document.
+
+    Raises:
+      ValueError: there is no tokenizer for texts; a token is not in the vocabulary.
+    """
+    if isinstance(batch[0], str):
+        if plan.tokenizer is None:
+            raise ValueError("Tokens of texts are counted with a `tokenizer`.")
+        texts = [
+            # A tokenizer takes Unicode alone, and JSON may hold half a character.
+            text.encode("utf-8", "replace").decode("utf-8")
+            for text in batch
+        ]
+        found = plan.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        coded = [np.array(one.ids, np.int64) for one in found]
+    else:
+        coded = [np.asarray(document) for document in batch]
+    if any(ids.dtype.kind not in "iu" or ids.ndim != 1 for ids in coded):
+        raise ValueError("A document of token ids must be a list of integers.")
+    low = min((int(ids.min()) for ids in coded if len(ids)), default=0)
+    high = max((int(ids.max()) for ids in coded if len(ids)), default=0)
+    if low < 0 or high >= (size or 1 << 32):
+        raise ValueError(
+            f"A token must be in [0, {size or 1 << 32}); got"
+            f" {low if low < 0 else high}. Is this the tokenizer that the documents"
+            " were made with?"
+        )
+    return coded
+
+
+def _table(
+    rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]
+) -> sparse.csr_array:
+    """1 where a row and a column stand together, once or more often."""
+    keys = matching.distinct(rows * np.int64(shape[1]) + columns)
+    rows = keys // shape[1]
+    columns = (keys - rows * shape[1]).astype(np.int32)
+    begins = np.searchsorted(rows, np.arange(shape[0] + 1)).astype(np.int32)
+    ones = np.ones(len(columns), np.int32)
+    return sparse.csr_array((ones, columns, begins), shape=shape)
+
+
+def _by_token(coded: Sequence[np.ndarray], size: int) -> sparse.csr_array:
+    rows = np.repeat(np.arange(len(coded)), [len(ids) for ids in coded])
+    tokens = np.concatenate([ids.astype(np.int64, copy=False) for ids in coded])
+    return _table(rows, tokens, (len(coded), size))
+
+
+class Sums:
+    """A growing sparse table of counts by key, as sorted runs of doubling length."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, keys: np.ndarray, counts: np.ndarray) -> None:
+        """Adds `counts` int64 at `keys` int64, ascending and all different."""
+        if not len(keys):
+            return
+        self.runs.append((keys, counts))
+        while len(self.runs) > 1 and len(self.runs[-2][0]) < 2 * len(self.runs[-1][0]):
+            self._join()
+
+    def _join(self) -> None:
+        (a, x), (b, y) = self.runs.pop(), self.runs.pop()
+        keys = np.concatenate([a, b])
+        order = np.argsort(keys, kind="stable")  # two sorted runs: one pass
+        keys = keys[order]
+        first = np.flatnonzero(np.diff(keys, prepend=-1))
+        counts = np.concatenate([x, y])[order]
+        self.runs.append((keys[first], np.add.reduceat(counts, first)))
+
+    def pairs(self, columns: int) -> Pairs:
+        """The table; a key is row times `columns` plus column."""
+        while len(self.runs) > 1:
+            self._join()
+        empty = np.zeros(0, np.int64)
+        keys, counts = self.runs[0] if self.runs else (empty, empty)
+        first, second = np.divmod(keys, max(columns, 1))
+        return Pairs(first.astype(np.int32), second.astype(np.int32), counts)
+
+
+def _add_pairs(sums: Sums, table: sparse.csr_array) -> None:
+    """How many rows hold both of two columns, the smaller one first."""
+    n = table.shape[1]
+    turned = table.T.tocsr()
+    # In steps of about as many entries each. A step's columns have met all columns
+    # before them, which are then left out: half of the products.
+    wanted = np.linspace(0, turned.nnz, 9)
+    steps = np.unique(np.searchsorted(turned.indptr, wanted).clip(0, n))
+    for begin, end in zip(steps[:-1], steps[1:]):
+        product = (turned[begin:end] @ table[:, begin:]).tocsc().tocsr()  # in order
+        rows = np.repeat(np.arange(begin, end), np.diff(product.indptr))
+        columns = product.indices + np.int64(begin)
+        above = rows < columns
+        keys = rows[above] * n + columns[above]
+        sums.add(keys, product.data[above].astype(np.int64))
+
+
+def _add_products(sums: Sums, left: sparse.csr_array, right: sparse.csr_array) -> None:
+    """How many rows hold column i of `left` and column j of `right`."""
+    turned = left.T.tocsr()
+    wanted = np.linspace(0, turned.nnz, 9)
+    steps = np.unique(np.searchsorted(turned.indptr, wanted).clip(0, left.shape[1]))
+    for begin, end in zip(steps[:-1], steps[1:]):
+        product = (turned[begin:end] @ right).tocsc().tocsr()  # in order
+        rows = np.repeat(np.arange(begin, end), np.diff(product.indptr))
+        keys = rows * right.shape[1] + product.indices
+        sums.add(keys, product.data.astype(np.int64))
+
+
+def _add_near(sums: Sums, matches: matching.Matches, window: int, n: int) -> None:
+    """Counts pairs of matches that begin at most `window` units apart."""
+    begins = np.cumsum(matches.units) - matches.units
+    # Documents are moved so far apart that no window reaches from one to another.
+    places = (begins + np.arange(len(begins)) * window)[matches.documents]
+    places += matches.positions
+    dtype = np.uint32 if n * n < 1 << 32 else np.uint64
+    terms = matches.terms.astype(dtype)
+    found = []
+    for apart in range(1, len(places)):
+        close = places[apart:] - places[:-apart] <= window
+        if not close.any():
+            break
+        a, b = terms[:-apart][close], terms[apart:][close]
+        keys = np.minimum(a, b) * dtype(n) + np.maximum(a, b)
+        found.append(keys[a != b])
+    if found:
+        keys = np.concatenate(found)
+        keys.sort()
+        first = np.flatnonzero(np.diff(keys, prepend=keys[:1] + dtype(1)))
+        sums.add(keys[first].astype(np.int64), np.diff(first, append=len(keys)))
 
 
 def merge(a: Counts, b: Counts) -> Counts:
-    """The counts of two disjoint sets of documents, counted by the same plan."""
+    """The counts of two disjoint sets of documents, counted by the same plan.
 
-    def joined(x, y):
+    Raises:
+      ValueError: the plans were not the same.
+    """
+
+    def joined(x: Any, y: Any) -> Any:
+        if (x is None) != (y is None) or np.shape(x) != np.shape(y):
+            if not (isinstance(x, Pairs) and isinstance(y, Pairs)):
+                raise ValueError("Counts of different plans cannot be merged.")
         if isinstance(x, Pairs):
-            counter = collections.Counter()
+            sums = Sums()
             for part in (x, y):
-                keys = zip(part.first.tolist(), part.second.tolist())
-                counter.update(dict(zip(keys, part.count.tolist())))
-            return _pairs(counter)
+                sums.add(_keys(part.first, part.second), part.count)
+            return sums.pairs(1 << 32)
         return None if x is None else x + y
 
-    damage = Damage(
-        *(x + y for x, y in zip(a.damage[:3], b.damage[:3])),
-        (a.damage.examples + b.damage.examples)[:10],
-    )
-    return Counts(*(joined(x, y) for x, y in zip(a[:-1], b[:-1])), damage)
+    parts = (joined(x, y) for x, y in zip(a[:-1], b[:-1]))
+    return Counts(*parts, add_damage(a.damage, b.damage))
 
 
-def pair_counts(pairs: Pairs, first: Any, second: Any, *, ordered: bool = False):
+def pair_counts(
+    pairs: Pairs, first: Any, second: Any, *, ordered: bool = False
+) -> np.ndarray:
     """The counts of the pairs (`first[i]`, `second[i]`), int64; 0 where there is none.
 
     Pairs of terms are the same both ways round; (term, token) is `ordered`.
@@ -202,10 +394,12 @@ def pair_counts(pairs: Pairs, first: Any, second: Any, *, ordered: bool = False)
     first, second = np.asarray(first, np.int64), np.asarray(second, np.int64)
     if not ordered:
         first, second = np.minimum(first, second), np.maximum(first, second)
-    known = (pairs.first.astype(np.int64) << 32) | pairs.second
-    wanted = (first << 32) | second
-    place = np.searchsorted(known, wanted)
-    place = np.minimum(place, max(len(known) - 1, 0))
+    known, wanted = _keys(pairs.first, pairs.second), _keys(first, second)
     if not len(known):
         return np.zeros(wanted.shape, np.int64)
+    place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
     return np.where(known[place] == wanted, pairs.count[place], 0)
+
+
+def _keys(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return (first.astype(np.int64) << 32) | second.astype(np.int64)

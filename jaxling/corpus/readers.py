@@ -1,20 +1,41 @@
-"""Corpora as streams of documents: files of many kinds, in shards that fit a worker."""
+"""Corpora as streams of documents: files of many kinds, in shards that fit a worker.
 
+A record that cannot be read is reported and passed over. A file is never in memory as
+a whole, and no more of it than one record (of Parquet: some rows) at a time.
+"""
+
+import glob
+import gzip
+import io
+import json
+import os
 import pathlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 FORMATS = ("jsonl", "parquet", "text", "tokens")
+EXAMPLES = 10  # of damage, that a count remembers
 SHARD = 64 << 20  # bytes of an uncompressed file that one worker reads at a time
+_ENDINGS = {
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "json": "jsonl",
+    "parquet": "parquet",
+    "txt": "text",
+    "npy": "tokens",
+}
+_ROWS = 64  # of Parquet at a time: a row may be a book
 
 
 class Shard(NamedTuple):
     """A part of a corpus: what one call of `count_shard` reads.
 
-    `begin` and `end` are bytes of an uncompressed file, row groups of a Parquet
-    file, documents of a token file; `end` is None for a file that cannot be cut.
+    `begin` and `end` are bytes of an uncompressed file of lines, row groups of a
+    Parquet file, documents of a token file (with `end_token`: tokens of it); `end` is
+    None where all the rest is meant.
     """
 
     url: str
@@ -22,6 +43,7 @@ class Shard(NamedTuple):
     field: str
     begin: int = 0
     end: int | None = None
+    end_token: int | None = None
 
 
 class Damage(NamedTuple):
@@ -37,36 +59,136 @@ class Damage(NamedTuple):
     examples: tuple[str, ...] = ()
 
 
+Damaged = Callable[[Damage], None]
+
+
 def find_shards(
     sources: Sequence[str],
     *,
     format: str | None = None,
     field: str = "text",
     size: int = SHARD,
+    end_token: int | None = None,
 ) -> list[Shard]:
     """The shards of files, directories, globs or fsspec URLs, in a fixed order.
 
     Args:
-      sources: paths or URLs. A directory stands for all files in it, but one that
-        `jaxling.training.write_tokens` wrote is a corpus itself.
-      format: one of `FORMATS` where the names do not tell: `jsonl` (an object a line),
+      sources: paths or URLs (those need the extra `corpus`). A directory stands for
+        all files in it, but one that `jaxling.training.write_tokens` wrote is a corpus
+        itself. `*`, `?` and `**` are patterns.
+      format: one of `FORMATS` where names do not tell: `jsonl` (an object a line),
         `parquet`, `text` (a document a line), `tokens` (token files of
         `jaxling.training`, or a `.npy` of ids). `.gz` and `.zst` are unpacked.
       field: where a record has its text, or its list of token ids; `a.b` is field b of
         field a.
       size: bytes of an uncompressed file that make a shard; compressed files are not
         cut.
+      end_token: closes each document of a `.npy`, which is one document without it.
 
     Raises:
       ValueError: an unknown format; a source without files.
       OSError: a source cannot be listed.
+      ImportError: a URL without the extra `corpus`.
     """
-    files = [path for s in sources for path in sorted(pathlib.Path().glob(s))]
-    return [Shard(str(path), format or "text", field) for path in files]
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"`format` must be one of {FORMATS}; got {format!r}.")
+    if size < 1:
+        raise ValueError(f"`size` must be at least 1 byte; got {size}.")
+    shards = []
+    for source in sources:
+        files = _files(source)
+        if not files:
+            raise ValueError(f"There is no file at {source!r}.")
+        for url in files:
+            kind = format or _format_of(url)
+            parts = _parts(url, kind, size, end_token)
+            shards += [Shard(url, kind, field, *part, end_token) for part in parts]
+    return shards
+
+
+def _files(source: str) -> list[str]:
+    if "://" in source:
+        filesystem, path = _fsspec().core.url_to_fs(source)
+        if not any(c in path for c in "*?["):
+            if not filesystem.isdir(path):
+                return [source]
+            path = path.rstrip("/") + "/**"
+        found = sorted(filesystem.glob(path))
+        return [
+            filesystem.unstrip_protocol(name)
+            for name in found
+            if not filesystem.isdir(name) and not _hidden(name)
+        ]
+    place = pathlib.Path(source)
+    if place.is_dir() and not (place / "tokens.json").exists():
+        found = [path for path in place.rglob("*") if path.is_file()]
+    elif place.exists():
+        return [source]
+    else:
+        found = [pathlib.Path(name) for name in glob.glob(source, recursive=True)]
+        found = [p for p in found if p.is_file() or (p / "tokens.json").exists()]
+    return sorted(str(path) for path in found if not _hidden(path.name))
+
+
+def _hidden(name: str) -> bool:
+    return name.rsplit("/", 1)[-1].startswith((".", "_"))
+
+
+def _format_of(url: str) -> str:
+    if "://" not in url and os.path.isdir(url):
+        return "tokens"
+    parts = url.rsplit("/", 1)[-1].lower().split(".")
+    while parts and parts[-1] in ("gz", "zst"):
+        parts.pop()
+    if len(parts) > 1 and parts[-1] in _ENDINGS:
+        return _ENDINGS[parts[-1]]
+    raise ValueError(
+        f"The name of {url} does not say what is in it: name the format, one of"
+        f" {FORMATS}."
+    )
+
+
+def _parts(
+    url: str, kind: str, size: int, end_token: int | None
+) -> list[tuple[int, int | None]]:
+    """Where to cut a file. One that cannot be opened is left to who reads it."""
+    whole: list[tuple[int, int | None]] = [(0, None)]
+    try:
+        if kind == "tokens":
+            ends = _tokens_of(url).documents
+            if end_token is not None and len(ends) == 2:
+                ends = np.arange(int(ends[-1]) + 1)
+            return _grouped(ends * 4, size)
+        if kind == "parquet":
+            import pyarrow.parquet
+
+            with _open(url) as file:
+                found = pyarrow.parquet.ParquetFile(file).metadata
+                groups = [found.row_group(i) for i in range(found.num_row_groups)]
+                ends = np.cumsum([0, *(group.total_byte_size for group in groups)])
+            return _grouped(ends, size) or whole
+        if url.endswith((".gz", ".zst")):
+            return whole
+        with _open(url) as file:
+            total = file.seek(0, io.SEEK_END)
+    except (ValueError, OSError):
+        if kind == "parquet":
+            return whole
+        raise
+    return [(at, min(at + size, total)) for at in range(0, max(total, 1), size)]
+
+
+def _grouped(ends: np.ndarray, size: int) -> list[tuple[int, int | None]]:
+    """Runs of pieces of about `size` bytes; piece i goes from `ends[i]` on."""
+    cuts: list[int] = [0]
+    while cuts[-1] < len(ends) - 1:
+        after = np.searchsorted(ends, ends[cuts[-1]] + size, side="right") - 1
+        cuts.append(max(int(after), cuts[-1] + 1))
+    return list(zip(cuts[:-1], cuts[1:]))
 
 
 def read_shard(
-    shard: Shard, damaged: Callable[[Damage], None] | None = None
+    shard: Shard, damaged: Damaged | None = None
 ) -> Iterator[str | np.ndarray]:
     """The documents of a shard, one after another: texts, or arrays of token ids.
 
@@ -77,8 +199,241 @@ def read_shard(
 
     Raises:
       ValueError: damage, where `damaged` is None.
-      OSError: the file cannot be read.
+      OSError: the file cannot be opened.
+      ImportError: a URL, or `.zst`, without the extra `corpus`.
     """
-    with open(shard.url, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            yield line.rstrip("\n")
+    damaged = damaged or _raise
+    if shard.format == "tokens":
+        return _read_tokens(shard, damaged)
+    if shard.format == "parquet":
+        return _read_parquet(shard, damaged)
+    if shard.format == "jsonl":
+        return _read_jsonl(shard, damaged)
+    return (_decoded(line, place, damaged) for line, place in _lines(shard, damaged))
+
+
+def _raise(damage: Damage) -> None:
+    raise ValueError(damage.examples[0])
+
+
+def _skip(damaged: Damaged, place: str, why: object) -> None:
+    reason = " ".join(str(why).split())[:200]
+    damaged(Damage(skipped=1, examples=(f"{place}: {reason}",)))
+
+
+def _decoded(raw: bytes, place: str, damaged: Damaged) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"{place}: no UTF-8, {error.reason} at byte {error.start}"
+        damaged(Damage(mended=1, examples=(reason,)))
+        return raw.decode("utf-8", "replace")
+
+
+def _read_jsonl(shard: Shard, damaged: Damaged) -> Iterator[str | np.ndarray]:
+    path = shard.field.split(".")
+    for line, place in _lines(shard, damaged):
+        if not line.strip():
+            continue
+        text = _decoded(line, place, damaged)
+        try:
+            record = json.loads(text)
+            for name in path:
+                record = record[name]
+            document = _document(record)
+        except (KeyError, TypeError, IndexError):
+            _skip(damaged, place, f"no text or token ids in the field {shard.field!r}")
+        except (ValueError, RecursionError) as error:
+            _skip(damaged, place, f"no JSON, {error}")
+        else:
+            yield document
+
+
+def _document(value: Any) -> str | np.ndarray:
+    """A text, or token ids.
+
+    Raises:
+      TypeError: it is neither.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or any(type(token) is not int for token in value):
+        raise TypeError(f"neither text nor a list of token ids: {type(value)}")
+    if any(not 0 <= token < 1 << 32 for token in value):
+        raise TypeError("a token id must be in [0, 2**32)")
+    return np.array(value, np.int64)
+
+
+def _lines(shard: Shard, damaged: Damaged) -> Iterator[tuple[bytes, str]]:
+    """The lines that begin within the shard, and how to name the place of each."""
+    with _open(shard.url) as raw, _unpacked(shard.url, raw) as file:
+        at = shard.begin
+        if at:
+            # The line of the byte before belongs to the shard in which it begins.
+            file.seek(at - 1)
+            at += len(file.readline()) - 1
+        number = 0
+        while shard.end is None or at < shard.end:
+            try:
+                line = file.readline()
+            except (OSError, EOFError, zlib.error, _zst_error()) as error:
+                _skip(damaged, shard.url, f"the rest is lost, {error}")
+                return
+            if not line:
+                return
+            at += len(line)
+            number += 1
+            if number == 1 and not shard.begin:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            place = f"line {number}"
+            if shard.begin:
+                place += f" from byte {shard.begin:,} on"
+            yield line.rstrip(b"\r\n"), f"{shard.url}, {place}"
+
+
+def _read_parquet(shard: Shard, damaged: Damaged) -> Iterator[str | np.ndarray]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    name, *inner = shard.field.split(".")
+    with _open(shard.url) as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            if name not in table.schema_arrow.names:
+                raise ValueError(f"there is no column {name!r}")
+            end = table.num_row_groups if shard.end is None else shard.end
+        except (pa.ArrowException, ValueError, OSError) as error:
+            _skip(damaged, shard.url, error)
+            return
+        for group in range(shard.begin, end):
+            row = 0
+            try:
+                for batch in table.iter_batches(_ROWS, [group], [shard.field]):
+                    column = batch.column(0)
+                    for part in inner:
+                        column = column.field(part)
+                    for document in _values(column):
+                        place = f"{shard.url}, row group {group}, row {row}"
+                        row += 1
+                        if isinstance(document, bytes):
+                            yield _decoded(document, place, damaged)
+                        elif document is None:
+                            _skip(damaged, place, "there is no value")
+                        else:
+                            yield document
+            except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+                place = f"{shard.url}, row group {group} from row {row} on"
+                _skip(damaged, place, error)
+
+
+def _values(column: Any) -> Iterator[bytes | np.ndarray | None]:
+    """Texts as bytes, lists of token ids as arrays.
+
+    Raises:
+      TypeError: the column holds neither.
+    """
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.dictionary_decode()
+        kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_binary(kind):
+        yield from column.cast(pa.binary()).to_pylist()
+    elif pa.types.is_large_string(kind) or pa.types.is_large_binary(kind):
+        yield from column.cast(pa.large_binary()).to_pylist()
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        if not pa.types.is_integer(kind.value_type):
+            raise TypeError(f"a column of {kind} holds neither text nor token ids")
+        for row in column:
+            valid = row.is_valid and not row.values.null_count
+            yield row.values.to_numpy() if valid else None
+    else:
+        raise TypeError(f"a column of {kind} holds neither text nor token ids")
+
+
+def _tokens_of(url: str) -> Any:
+    # Imported here: it brings the whole of training with it.
+    from jaxling.training import packing
+
+    if "://" in url:
+        raise ValueError(f"Token files are memory-mapped, so {url} must be local.")
+    return packing.open_tokens(url)
+
+
+def _read_tokens(shard: Shard, damaged: Damaged) -> Iterator[np.ndarray]:
+    try:
+        file = _tokens_of(shard.url)
+    except ValueError as error:
+        _skip(damaged, shard.url, error)
+        return
+    if shard.end_token is not None and len(file.documents) == 2:
+        yield from _cut_at(file.tokens, shard)
+        return
+    end = len(file.documents) - 1 if shard.end is None else shard.end
+    for document in range(shard.begin, end):
+        yield file.tokens[file.documents[document] : file.documents[document + 1]]
+
+
+def _cut_at(tokens: np.ndarray, shard: Shard) -> Iterator[np.ndarray]:
+    """Documents that begin in the shard, without the token that closes them."""
+    end = len(tokens) if shard.end is None else shard.end
+    at = shard.begin
+    if at and tokens[at - 1] != shard.end_token:
+        at = _closed(tokens, at, shard.end_token) + 1
+    while at < end:
+        close = _closed(tokens, at, shard.end_token)
+        yield tokens[at:close]
+        at = close + 1
+
+
+def _closed(tokens: np.ndarray, at: int, token: int | None) -> int:
+    """Where the next `token` stands from `at` on; the end where there is none."""
+    for begin in range(at, len(tokens), 1 << 16):
+        found = np.flatnonzero(tokens[begin : begin + (1 << 16)] == token)
+        if len(found):
+            return begin + int(found[0])
+    return len(tokens)
+
+
+def _open(url: str) -> Any:
+    if "://" in url:
+        return _fsspec().open(url, "rb").open()
+    return open(url, "rb")
+
+
+def _unpacked(url: str, raw: BinaryIO) -> Any:
+    if url.endswith(".gz"):
+        return gzip.open(raw)
+    if url.endswith(".zst"):
+        reader = _zstandard().ZstdDecompressor(max_window_size=1 << 31)
+        stream = reader.stream_reader(raw, read_across_frames=True)
+        return io.BufferedReader(stream, 1 << 20)
+    return raw
+
+
+def _zst_error() -> type[Exception]:
+    try:
+        return _zstandard().ZstdError
+    except ImportError:
+        return EOFError
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise ImportError(
+            "Reading .zst needs the extra `corpus`: pip install 'jaxling[corpus]'."
+        ) from None
+    return zstandard
+
+
+def _fsspec() -> Any:
+    try:
+        import fsspec
+    except ImportError:
+        raise ImportError(
+            "Reading URLs needs the extra `corpus`: pip install 'jaxling[corpus]'."
+        ) from None
+    return fsspec
