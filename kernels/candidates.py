@@ -36,13 +36,6 @@ class Candidates(NamedTuple):
         return Candidates(*(part[keep] for part in self))
 
 
-def joined(parts: list[Candidates]) -> Candidates:
-    """All candidates of the parts, in order."""
-    nothing = np.zeros(0, np.int32), np.zeros(0, np.int32)
-    nothing = Candidates(*nothing, np.zeros(0, np.float32), np.zeros(0, np.float32))
-    return Candidates(*(np.concatenate(part) for part in zip(nothing, *parts)))
-
-
 def read(words: np.ndarray, i: int, j: int, least: float, step: float) -> Candidates:
     """The set bits of a mask whose corner is the pair of positions `(i, j)`.
 
@@ -75,7 +68,7 @@ class Side(NamedTuple):
     """What thinning needs of one side, by position.
 
     Attributes:
-      threshold: of the filtered score.
+      threshold: of the filtered score; infinite where nothing is looked for.
       bound: how far a filtered score may lie from the pair score.
       spread: the width above the threshold that is looked at closely.
     """
@@ -86,60 +79,68 @@ class Side(NamedTuple):
 
 
 def thinned(
-    found: Candidates, rows: Side, keys: Side | None, k: int, each: Callable
-) -> tuple[Candidates, np.ndarray, np.ndarray]:
+    parts: list[Candidates], rows: Side, keys: Side | None, k: int, each: Callable
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Drops pairs that k better ones are known for on both sides.
 
     With L the k-th largest lower score of a row, its k-th pair score is at least
     L - bound, and whatever reaches that has a filtered score of at least L - 2 bound.
     `keys` is None where both sides are the same rows.
 
-    Returns the rest, and L of the rows and of the keys (minus infinity if unknown).
+    Returns `i` and `j` of the rest, and L of the rows and of the keys (minus infinity
+    if unknown).
     """
-    parts = _halves(len(found.i))
-    same = keys is None
-    off = found.i != found.j if same else None
-    sides = [(found.i, rows, None), (found.j, keys or rows, off)]
+    sides = [rows] if keys is None else [rows, keys]
+    counts = [np.zeros((len(side.threshold), _BINS), np.int32) for side in sides]
 
-    def histogram(work):
-        (positions, side, keep), part = work
-        at, lower = positions[part], found.lower[part]
-        if keep is not None:
-            at, lower = at[keep[part]], lower[keep[part]]
-        bins = (lower - side.threshold[at]) * (np.float32(_BINS - 2) / side.spread)[at]
-        bins = np.clip(bins, -1, _BINS - 2)
-        bins = np.floor(bins).astype(np.int32) + 1 + at * np.int32(_BINS)
-        return np.bincount(bins, minlength=len(side.threshold) * _BINS)
+    def histograms(part: Candidates):
+        off = slice(None) if keys is not None else part.i != part.j
+        return (
+            _histogram(part.i, part.lower, rows),
+            _histogram(part.j[off], part.lower[off], sides[-1]),
+        )
 
-    counted = list(each(histogram, [(side, part) for side in sides for part in parts]))
-    counted = [sum(counted[: len(parts)]), sum(counted[len(parts) :])]
-    if same:
-        counted = [counted[0] + counted[1]] * 2
-    best = [_level(c, s[1], k) for c, s in zip(counted[: 1 if same else 2], sides)]
+    # A part is of one tile: its rows lie together, and so do their counts.
+    for both in each(histograms, parts):
+        for of_side, (first, counted) in zip((counts[0], counts[-1]), both):
+            of_side[first : first + len(counted)] += counted
+    best = [_level(of, side, k) for of, side in zip(counts, sides)]
     reach = [
-        (level - 2 * side.bound).astype(np.float32)
-        for level, (_, side, _) in zip(best, sides)
+        np.where(side.threshold == np.inf, np.inf, level - 2 * side.bound)
+        for level, side in zip(best, sides)
     ]
 
-    def kept(part):
-        at = np.minimum(reach[0][found.i[part]], reach[-1][found.j[part]])
-        return found.upper[part] >= at
+    def kept(part: Candidates):
+        at = np.minimum(reach[0][part.i], reach[-1][part.j])
+        keep = part.upper >= at
+        return part.i[keep], part.j[keep]
 
-    keep = np.concatenate(list(each(kept, parts)))
-    rest = list(each(lambda part: part[keep], found))
-    return Candidates(*rest), best[0], best[-1]
+    nothing = np.zeros(0, np.int32), np.zeros(0, np.int32)
+    i, j = (np.concatenate(side) for side in zip(nothing, *each(kept, parts)))
+    return i, j, best[0], best[-1]
+
+
+def _histogram(
+    positions: np.ndarray, lower: np.ndarray, side: Side
+) -> tuple[int, np.ndarray]:
+    """The first position, and from there on how many scores fall into each bin."""
+    first = int(positions.min(initial=len(side.threshold)))
+    span = slice(first, int(positions.max(initial=first - 1)) + 1)
+    at = positions - np.int32(first)
+    per_unit = np.float32(_BINS - 2) / side.spread[span]
+    bins = (lower - side.threshold[positions]) * per_unit[at]
+    bins = np.floor(np.clip(bins, -1, _BINS - 2)).astype(np.int32) + 1
+    size = span.stop - first
+    counted = np.bincount(bins + at * np.int32(_BINS), minlength=size * _BINS)
+    return first, counted.reshape(size, _BINS)
 
 
 def _level(counted: np.ndarray, side: Side, k: int) -> np.ndarray:
     """The lower edge of the bin that holds the k-th largest lower score."""
     # Bin 0 holds scores of which nothing is known.
-    from_top = counted.reshape(-1, _BINS)[:, :0:-1].cumsum(axis=1) >= k
+    from_top = counted[:, :0:-1].cumsum(axis=1, dtype=np.int32) >= k
     bin_of_kth = _BINS - 2 - from_top.argmax(axis=1)
     width = side.spread / np.float32(_BINS - 2)
     # A little lower than the edge, for the rounding of the binning itself.
     edge = side.threshold + (bin_of_kth - _SLACK) * width
     return np.where(from_top.any(axis=1), edge, _NONE).astype(np.float32)
-
-
-def _halves(length: int) -> list[slice]:
-    return [slice(0, length // 2), slice(length // 2, length)]

@@ -1,21 +1,19 @@
 """The search for concrete arrays: panels of distinct rows, streamed, then completed.
 
-Only one of identical rows takes part. Rows without a proof are searched by `topk`,
-which scores every pair where it must. Everything here runs on the host; arrays are
+Only one of identical rows takes part. Rows without a proof are searched by
+`exhaustive`, which looks at every pair. Everything here runs on the host; arrays are
 whole, or as much of them as a caller with a larger matrix brings at a time.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
-from . import duplicates, pairs, panels, ranking, streamed, topk
+from . import duplicates, exhaustive, pairs, panels, ranking, streamed
 
 PANEL = 32_768  # rows whose candidates are held together
-_FALLBACK = 128  # unproved rows searched together
 
 
 class Lists(NamedTuple):
@@ -55,8 +53,8 @@ def all_pairs(x: Array, k: int, metric: pairs.Metric, include_self: bool) -> Lis
                 _merge(ranks, proved, other, found[0])
                 _merge(ranks, proved, own, found[1])
             done.append(side)
-    excluded = np.where(alone, groups.first, -1)
-    _complete(ranks, proved, groups, excluded, rows, rows, groups, k, metric)
+        excluded = np.where(alone, groups.first, -1)
+        _complete(ranks, proved, groups, excluded, rows, rows, groups, chosen)
     return _expanded(
         ranks, proved, rows, rows, groups, groups, metric, not include_self
     )
@@ -81,8 +79,8 @@ def nearest(queries: Array, keys: Array, k: int, metric: pairs.Metric) -> Lists:
                     side, key_side, chosen, _floor(ranks[own]), both=False
                 )
                 _merge(ranks, proved, own, found)
-    nobody = np.full(len(mine.first), -1)
-    _complete(ranks, proved, mine, nobody, rows, others, theirs, k, metric)
+        nobody = np.full(len(mine.first), -1)
+        _complete(ranks, proved, mine, nobody, rows, others, theirs, chosen)
     return _expanded(ranks, proved, rows, others, mine, theirs, metric)
 
 
@@ -122,19 +120,19 @@ def cross(
                 )
                 _merge(ranks[0], proved[0], a_own, found[0])
                 _merge(ranks[1], proved[1], b_own, found[1])
-    lists = []
-    for me in (0, 1):
-        nobody = np.full(len(groups[me].first), -1)
-        both = sides[me], sides[1 - me]
-        _complete(
-            *(ranks[me], proved[me], groups[me], nobody, *both),
-            *(groups[1 - me], k, metric),
-        )
-        lists.append(
-            _expanded(
-                *(ranks[me], proved[me], *both, groups[me], groups[1 - me], metric)
+        for me in (0, 1):
+            nobody = np.full(len(groups[me].first), -1)
+            both = sides[me], sides[1 - me]
+            _complete(
+                ranks[me], proved[me], groups[me], nobody, *both, groups[1 - me], chosen
             )
+    lists = [
+        _expanded(
+            *(ranks[me], proved[me], sides[me], sides[1 - me]),
+            *(groups[me], groups[1 - me], metric),
         )
+        for me in (0, 1)
+    ]
     return lists[0], lists[1]
 
 
@@ -181,34 +179,14 @@ def _merge(
     proved[rows] &= found.proved
 
 
-def _complete(ranks, proved, groups, excluded, rows, keys, key_groups, k, metric):
+def _complete(ranks, proved, groups, excluded, rows, keys, key_groups, chosen):
     """Searches all keys again for the rows that are not proved."""
     wanting = np.flatnonzero(~proved)
-    if not len(wanting) or not len(key_groups.first):
-        return
-    distinct = np.zeros(len(keys.valid), bool)
-    distinct[key_groups.first] = True
-    size = min(_FALLBACK, len(wanting))
-    for start in range(0, len(wanting), size):
-        part = wanting[start : start + size]
-        padded = np.resize(part, size)
-        closeness, ids = _searched(
-            *(rows, keys, groups.first[padded].astype(np.int32), distinct),
-            excluded[padded].astype(np.int32),
-            k=k,
-            metric=metric,
-        )
-        found = ranking.encode(np.asarray(closeness), np.asarray(ids))
-        found = np.sort(np.where(np.asarray(ids) < 0, ranking.EMPTY, found), axis=1)
-        ranks[part] = found[: len(part)]
-
-
-@functools.partial(jax.jit, static_argnames=("k", "metric"))
-def _searched(rows, keys, chosen, distinct, excluded, *, k, metric):
-    queries = pairs.Rows(*(part[chosen] for part in rows))
-    keys = keys._replace(valid=distinct)
-    found = topk.search(queries, keys, excluded, k=k, metric=metric, rows=_FALLBACK)
-    return topk.pair_scores(queries, keys, found.indices, metric), found.indices
+    ranks[wanting] = exhaustive.search(
+        exhaustive.Part(rows.values, groups.first[wanting]),
+        exhaustive.Part(keys.values, key_groups.first),
+        *(excluded[wanting], chosen),
+    )
 
 
 def _expanded(

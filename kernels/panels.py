@@ -173,14 +173,10 @@ class Side:
 
     def thinning(self) -> candidates.Side:
         """This side for `candidates.thinned`."""
-        threshold = self._gathered(self.thresholds)
         bound = self._gathered(self.bounds)
         spread = np.maximum(12 * bound, self.spread)
         spread = np.maximum(spread, 1e-6 * spread.max(initial=1e-30))
-        # A row that gave up has no threshold to look above.
-        return candidates.Side(
-            np.where(np.isfinite(threshold), threshold, 0), bound, spread
-        )
+        return candidates.Side(self._gathered(self.thresholds), bound, spread)
 
     def raise_level(self, known: np.ndarray) -> None:
         """Nothing below `known`, a filtered score that k pairs reach, is left."""
@@ -192,17 +188,13 @@ class Side:
     ) -> Ranked:
         """The k best pairs of each row, from positions and closenesses of pairs."""
         level = self._level() if self.level is None else self.level
-        reached = np.flatnonzero(scores >= level[mine])
-        k, n = self.chosen.k, len(self.panel.ids)
-        ranks, crowded = ranking.select(
-            mine[reached],
-            ranking.encode(scores[reached], ids[theirs[reached]]),
-            *(n, k, 8 * k + 512, self.chosen.each),
+        ranks = ranking.select(
+            mine, scores, ids[theirs], level, self.chosen.k, self.chosen.each
         )
         # Below a floor nothing was asked for: fewer than k are all there are.
         complete = (ranks[:, -1] != ranking.EMPTY) | (self.floor > -np.inf)
         asked = self._gathered(self.thresholds) != np.inf
-        return Ranked(ranks, complete & asked & ~crowded)
+        return Ranked(ranks, complete & asked)
 
     def _level(self) -> np.ndarray:
         level = self._gathered(self.thresholds) + self._gathered(self.bounds)

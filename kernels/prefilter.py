@@ -131,6 +131,16 @@ class Reach(NamedTuple):
     threshold: Float[Array, " n"]
 
 
+def filtered(
+    rows: Operand | Reach, keys: Operand | Reach, biased: bool
+) -> Float[Array, "r t"]:
+    """Filtered scores; without biases where the caller knows that they are zero."""
+    scores = numerics.scores_f32(rows.values, keys.values)
+    if biased:
+        scores = scores + (rows.bias[:, None] + keys.bias[None, :])
+    return scores
+
+
 @functools.partial(jax.jit, static_argnames=("part", "width", "biased"))
 def mask(
     rows: Reach,
@@ -149,7 +159,7 @@ def mask(
     its candidates' scores in steps of `scale`, rounded down.
     """
     rows, keys = _cut(rows, *part), _cut(keys, 0, width)
-    scores = _scores(rows, keys, biased)
+    scores = filtered(rows, keys, biased)
     return _packed(scores, rows.threshold, keys.threshold, scale)
 
 
@@ -171,7 +181,7 @@ def mask_and_thresholds(
     among the candidates.
     """
     rows = _cut(rows, *part)
-    scores = _scores(rows, sample, biased)
+    scores = filtered(rows, sample, biased)
     threshold = _nth_largest(scores, count) - bounds[slice(*part)]
     return _packed(scores, threshold, sample.threshold, scale), threshold
 
@@ -182,7 +192,7 @@ def counts(
 ) -> tuple[Int[Array, " r"], Int[Array, " t"]]:
     """How many pairs of the tile that `mask` sees reach each side's own threshold."""
     rows, keys = _cut(rows, *part), _cut(keys, 0, width)
-    scores = _scores(rows, keys, biased)
+    scores = filtered(rows, keys, biased)
     return (
         jnp.sum(scores >= rows.threshold[:, None], axis=1, dtype=jnp.int32),
         jnp.sum(scores >= keys.threshold[None, :], axis=0, dtype=jnp.int32),
@@ -204,13 +214,6 @@ def sample_count(k: int, sample: int, keys: int) -> int:
 
 def _cut(block: Reach, start: int, stop: int) -> Reach:
     return Reach(*(part[start:stop] for part in block))
-
-
-def _scores(rows: Reach, keys: Reach, biased: bool) -> Float[Array, "r t"]:
-    scores = numerics.scores_f32(rows.values, keys.values)
-    if biased:
-        scores = scores + (rows.bias[:, None] + keys.bias[None, :])
-    return scores
 
 
 def _packed(scores, row_threshold, key_threshold, scale):

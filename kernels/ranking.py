@@ -13,6 +13,7 @@ import numpy as np
 EMPTY = np.iinfo(np.int64).max
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _CHUNK = 2048  # rows that are sorted together
+_CROWDED = 512  # entries beyond k with which a row is sorted alone
 
 
 def encode(closeness: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -33,32 +34,48 @@ def decode(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def select(
-    owners: np.ndarray, ranks: np.ndarray, rows: int, k: int, cap: int, each: Callable
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k first ranks of each row, `[rows, k]`, and which rows held more than `cap`.
+    owners: np.ndarray,
+    closeness: np.ndarray,
+    ids: np.ndarray,
+    level: np.ndarray,
+    k: int,
+    each: Callable,
+) -> np.ndarray:
+    """The k first ranks of each row, `[len(level), k]`.
 
-    `owners` names the row of each rank, in any order; `each` is a parallel `map`.
+    Entry by entry, in any order: `owners` names a row, `ids` its neighbour and
+    `closeness` theirs; below the row's `level` an entry does not count. `each` is a
+    parallel `map`.
     """
+    rows = len(level)
     order = np.argsort(
         owners.astype(np.uint16 if rows <= 1 << 16 else np.int32), kind="stable"
-    )
-    owners, ranks = owners[order], ranks[order]
+    ).astype(np.int32 if len(owners) < 1 << 31 else np.int64)
     held = np.bincount(owners, minlength=rows)
     ends = np.concatenate([[0], np.cumsum(held)])
     best = np.full((rows, k), EMPTY)
 
+    def ranks_of(part: slice) -> np.ndarray:
+        entry = order[part]
+        ranks = encode(closeness[entry], ids[entry])
+        return np.where(closeness[entry] >= level[owners[entry]], ranks, EMPTY)
+
     def chunk(first: int) -> None:
         last = min(first + _CHUNK, rows)
-        width = int(min(cap, held[first:last].max(initial=0)))
+        width = int(min(_CROWDED + k, held[first:last].max(initial=0)))
         part = slice(ends[first], ends[last])
-        place = np.arange(ends[first], ends[last]) - ends[owners[part]]
+        owner = owners[order[part]]
+        place = np.arange(ends[first], ends[last]) - ends[owner]
         padded = np.full((last - first, max(width, k)), EMPTY)
         fits = place < width
-        padded[owners[part][fits] - first, place[fits]] = ranks[part][fits]
+        padded[owner[fits] - first, place[fits]] = ranks_of(part)[fits]
         best[first:last] = smallest(padded, k)
+        for row in first + np.flatnonzero(held[first:last] > width):
+            own = ranks_of(slice(ends[row], ends[row + 1]))
+            best[row] = smallest(own[None], k)[0]
 
     consume(each(chunk, range(0, rows, _CHUNK)))
-    return best, held > cap
+    return best
 
 
 def smallest(ranks: np.ndarray, k: int) -> np.ndarray:

@@ -28,7 +28,7 @@ def within(
     `alone` marks positions that are not their own neighbour.
     """
     both = panels.Side(side, side, chosen)
-    search = _Search(both, both, chosen)
+    search = _Search(both, both, chosen, alone)
     heads = search.sample()
     count = len(side.blocks)
     for key in range(count):
@@ -40,24 +40,18 @@ def within(
                     search.tile(_Tile(row, a, b, key, b))
             elif not key < heads <= row:
                 search.tile(_Tile(row, 0, panels.BLOCK, key, panels.BLOCK))
-    found = search.found()
-    found = found.where((found.i > found.j) | ((found.i == found.j) & ~alone[found.i]))
-    found, level, _ = candidates.thinned(
-        found, both.thinning(), None, chosen.k, chosen.each
+    i, j, level, _ = candidates.thinned(
+        search.found(), both.thinning(), None, chosen.k, chosen.each
     )
     both.raise_level(level)
     # Each unordered pair is scored once; its owner alternates, for even shares.
-    odd = ((found.i ^ found.j) & 1).astype(bool)
-    owner = np.where(odd, found.i, found.j)
-    other = np.where(odd, found.j, found.i)
-    del found
-    scores, owner, other = rescore.scored(
-        *(side, side, owner, other), chosen.metric, chosen.each
-    )
-    distinct = owner != other
+    odd = ((i ^ j) & 1).astype(bool)
+    i, j = np.where(odd, i, j), np.where(odd, j, i)
+    scores, i, j = rescore.scored(*(side, side, i, j), chosen.metric, chosen.each)
+    distinct = i != j
     return both.ranked(
-        np.concatenate([owner, other[distinct]]),
-        np.concatenate([other, owner[distinct]]),
+        np.concatenate([i, j[distinct]]),
+        np.concatenate([j, i[distinct]]),
         np.concatenate([scores, scores[distinct]]),
         side.ids,
     )
@@ -98,18 +92,14 @@ def across(
     for row in range(len(rows.blocks)):
         for key in range(heads, len(keys.blocks)):
             search.tile(_Tile(row, 0, panels.BLOCK, key, panels.BLOCK))
-    found = search.found()
-    if both:
-        sides = row_side.thinning(), key_side.thinning()
-        found, row_level, key_level = candidates.thinned(
-            found, *sides, chosen.k, chosen.each
-        )
-        row_side.raise_level(row_level)
-        key_side.raise_level(key_level)
-    scores, i, j = rescore.scored(
-        *(rows, keys, found.i, found.j), chosen.metric, chosen.each
+    sides = row_side.thinning(), key_side.thinning()
+    i, j, row_level, key_level = candidates.thinned(
+        search.found(), *sides, chosen.k, chosen.each
     )
-    del found
+    row_side.raise_level(row_level)
+    if both:
+        key_side.raise_level(key_level)
+    scores, i, j = rescore.scored(*(rows, keys, i, j), chosen.metric, chosen.each)
     ranked = row_side.ranked(i, j, scores, keys.ids)
     return ranked, key_side.ranked(j, i, scores, rows.ids) if both else None
 
@@ -131,8 +121,15 @@ class _Tile(NamedTuple):
 class _Search:
     """Tiles in flight between two sides, and the candidates that have landed."""
 
-    def __init__(self, rows: panels.Side, keys: panels.Side, chosen: panels.Setting):
-        self.rows, self.keys, self.chosen = rows, keys, chosen
+    def __init__(
+        self,
+        rows: panels.Side,
+        keys: panels.Side,
+        chosen: panels.Setting,
+        alone: np.ndarray | None = None,
+    ):
+        self.rows, self.keys, self.chosen, self.alone = rows, keys, chosen, alone
+        self.allowance = self._allowed()
         self.flying: list[tuple[_Tile, Array]] = []
         self.landed: list[candidates.Candidates] = []
         row, key = rows.panel.largest, keys.panel.largest
@@ -192,11 +189,10 @@ class _Search:
         """The candidates of one tile whose thresholds are known."""
         self._fly(tile, self._mask(tile))
 
-    def found(self) -> candidates.Candidates:
-        """All candidates, after the last tile."""
+    def found(self) -> list[candidates.Candidates]:
+        """All candidates, tile by tile, after the last one."""
         self._land()
-        found = candidates.joined(self.landed)
-        self.landed.clear()
+        found, self.landed = self.landed, []
         return found
 
     def _mask(self, tile: _Tile) -> Array:
@@ -216,17 +212,38 @@ class _Search:
 
     def _land(self) -> None:
         jax.block_until_ready([words for _, words in self.flying])
-        read = list(self.chosen.each(lambda flown: self._read(*flown), self.flying))
-        for (tile, _), found in zip(self.flying, read):
-            self.landed += [found] if found is not None else self._relieved(tile)
+        flown = [(tile, np.asarray(words)) for tile, words in self.flying]
         self.flying.clear()
+        held = list(self.chosen.each(lambda f: candidates.count(f[1]), flown))
+        fitting = []
+        for (tile, words), count in zip(flown, held):
+            if count <= self._limit(tile):
+                self.allowance -= count
+                fitting.append((tile, words))
+            else:
+                fitting += self._relieved(tile)
+        self.landed += self.chosen.each(lambda f: self._read(*f), fitting)
+
+    def _allowed(self) -> int:
+        """How many candidates may be held at once: what bounds the search's memory."""
+        rows, keys = len(self.rows.panel.ids), len(self.keys.panel.ids)
+        looking = rows if self.rows is self.keys else rows + keys
+        return (4 * self.chosen.k + 256) * looking
 
     def _limit(self, tile: _Tile) -> int:
-        share = max(1 / 32, 32 * self.chosen.k / len(self.keys.panel.ids))
-        return int(max(4096, min(1.0, share) * (tile.b - tile.a) * tile.width))
+        """How many candidates this tile may bring.
 
-    def _relieved(self, crowded: _Tile) -> list[candidates.Candidates]:
-        """The candidates of a tile that has too many, once some rows gave up.
+        A tile may take a quarter of what is left of the allowance, because near rows
+        often have near ids, and never has less than its even share: together that is
+        at most twice the allowance.
+        """
+        rows, keys = len(self.rows.panel.ids), len(self.keys.panel.ids)
+        tiles = rows * keys / (2 if self.rows is self.keys else 1)
+        share = min(1.0, (tile.b - tile.a) * tile.width / max(tiles, 1))
+        return int(max(share * self._allowed(), self.allowance / 4))
+
+    def _relieved(self, crowded: _Tile) -> list[tuple[_Tile, np.ndarray]]:
+        """The masks of a tile that has too many candidates, once some rows gave up.
 
         Where the filter cannot tell pairs apart, masks of nearly everything would
         outgrow memory. The rows that hold most candidates are searched otherwise.
@@ -238,11 +255,12 @@ class _Search:
                 width=min(panels.BLOCK, crowded.width - start),
             )
             limit = self._limit(tile)
-            words = self._mask(tile)
-            if candidates.count(np.asarray(words)) > limit:
+            words = np.asarray(self._mask(tile))
+            if candidates.count(words) > limit:
                 self._give_up_crowded(tile, limit)
-                words = self._mask(tile)
-            found.append(self._read(tile, words, judge=False))
+                words = np.asarray(self._mask(tile))
+            self.allowance -= candidates.count(words)
+            found.append((tile, words))
         return found
 
     def _give_up_crowded(self, tile: _Tile, limit: int) -> None:
@@ -255,14 +273,13 @@ class _Search:
         self.rows.give_up(tile.row, tile.a + np.flatnonzero(of_rows >= most))
         self.keys.give_up(tile.key, np.flatnonzero(of_keys >= most))
 
-    def _read(
-        self, tile: _Tile, words: Array, judge: bool = True
-    ) -> candidates.Candidates | None:
+    def _read(self, tile: _Tile, words: np.ndarray) -> candidates.Candidates:
         i, j = tile.row * panels.BLOCK + tile.a, tile.key * panels.BLOCK
-        if judge and candidates.count(np.asarray(words)) > self._limit(tile):
-            return None
-        found = candidates.read(np.asarray(words), i, j, self.least, self.step)
+        found = candidates.read(words, i, j, self.least, self.step)
         rows, keys = len(self.rows.panel.ids), len(self.keys.panel.ids)
         if i + tile.b - tile.a > rows or j + tile.width > keys:
             found = found.where((found.i < rows) & (found.j < keys))
+        if self.rows is self.keys and tile.row == tile.key:
+            itself = (found.i == found.j) & ~self.alone[found.i]
+            found = found.where((found.i > found.j) | itself)
         return found

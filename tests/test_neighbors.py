@@ -287,7 +287,7 @@ def test_many_panels_of_clusters_match_the_oracle(rng, monkeypatch, metric, prec
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_crowded_tiles_give_up_rows_and_stay_exact(rng, monkeypatch, metric):
-    monkeypatch.setattr(streamed._Search, "_limit", lambda self, tile: 600)
+    monkeypatch.setattr(streamed._Search, "_allowed", lambda self: 600)
     x = clustered(rng)
     found, proof = kernels.all_pairs_neighbors(
         x, k=25, metric=metric, implementation="streamed", with_proof=True
