@@ -406,10 +406,41 @@ def _unpacked(url: str, raw: BinaryIO) -> Any:
     if url.endswith(".gz"):
         return gzip.open(raw)
     if url.endswith(".zst"):
-        reader = _zstandard().ZstdDecompressor(max_window_size=1 << 31)
-        stream = reader.stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(stream, 1 << 20)
+        return io.BufferedReader(_Frames(raw), 1 << 20)
     return raw
+
+
+class _Frames(io.RawIOBase):
+    """What the frames of a .zst file hold, one after another.
+
+    The library's own reader takes a file that was cut for one that ends.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw = raw
+        # As far back as `zstd --long=31` refers.
+        self.made = _zstandard().ZstdDecompressor(max_window_size=1 << 31)
+        self.frame: Any = None
+        self.packed, self.ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            self.packed = self.packed or self.raw.read(1 << 16)
+            if not self.packed:
+                if self.frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self.frame = self.frame or self.made.decompressobj()
+            self.ready = memoryview(self.frame.decompress(self.packed))
+            self.packed = b""
+            if self.frame.eof:
+                self.packed, self.frame = self.frame.unused_data, None
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
 
 
 def _zst_error() -> type[Exception]:
