@@ -12,7 +12,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from absl import app, flags, logging
@@ -69,6 +69,32 @@ LANGUAGE_TOKENS = flags.DEFINE_list(
     [],
     "Of a translation model, as code:token (eng:eng_Latn); its prompt is then the word"
     " alone.",
+)
+
+CORPUS = flags.DEFINE_list(
+    "corpus", [], "Files, directories, globs or URLs; the built-in text if none."
+)
+CORPUS_FORMAT = flags.DEFINE_enum(
+    "corpus_format",
+    None,
+    ["jsonl", "parquet", "text", "tokens"],
+    "What is in the files of --corpus, where their names do not tell.",
+)
+TEXT_FIELD = flags.DEFINE_string(
+    "text_field", "text", "Where a record of --corpus has its text; a.b for b in a."
+)
+END_TOKEN = flags.DEFINE_integer(
+    "end_token", None, "Closes each document of a .npy of token ids.", 0
+)
+MATCH_TOKENS = flags.DEFINE_bool(
+    "match_tokens", False, "Look for words as tokens, not as text between boundaries."
+)
+STRICT = flags.DEFINE_bool("strict", False, "Stop at the first damaged record.")
+PROCESSES = flags.DEFINE_integer(
+    "processes", None, "How many count; one for each processor when not given.", 1
+)
+DASK = flags.DEFINE_string(
+    "dask", None, "Address of a Dask scheduler that counts, instead of processes."
 )
 
 
@@ -255,6 +281,49 @@ def translation_task(model: Any, tokenizer: Any) -> Any:
         vectors=vectors,
         seed=SEED.value,
     )
+
+
+def count(plan: Any, run: Run, built_in: Iterable[str]) -> Any:
+    """The `jaxling.corpus.Counts` of `--corpus`, or of the built-in documents.
+
+    Shards that are finished are kept in the work directory until all are: the same
+    command goes on from them. Damage is reported on standard error.
+
+    Raises:
+      ValueError, OSError, ImportError: as the functions of `jaxling.corpus` do.
+    """
+    from jaxling import corpus
+
+    if not CORPUS.value:
+        return corpus.count_documents(built_in, plan)
+    shards = corpus.find_shards(
+        CORPUS.value,
+        format=CORPUS_FORMAT.value,
+        field=TEXT_FIELD.value,
+        end_token=END_TOKEN.value,
+    )
+    if DASK.value:
+        import distributed
+
+        with distributed.Client(DASK.value) as client:
+            counts = corpus.count_on_dask(shards, plan, client, strict=STRICT.value)
+    else:
+        counts = corpus.count_corpus(
+            shards,
+            plan,
+            workdir=run.workdir / "counts",
+            processes=PROCESSES.value,
+            strict=STRICT.value,
+        ).counts
+    damage = counts.damage
+    if any(damage[:2]):
+        logging.warning(
+            "%d records were skipped and %d mended, such as: %s",
+            damage.skipped,
+            damage.mended,
+            "; ".join(damage.examples[:3]),
+        )
+    return counts
 
 
 def launch(main: Callable[[list[str]], None]) -> None:
