@@ -179,7 +179,7 @@ class _Tile(NamedTuple):
     bias: Array | None  # [tile]
     groups: Array | None  # [g, tile]
     ids: Array  # [tile]
-    fresh: Array  # [tile] bool: not seen in the tile before
+    fresh: Array | None  # [tile] bool: not in the tile before; None: all of them
 
 
 class _Block(NamedTuple):
@@ -207,8 +207,11 @@ def _streamed(hidden, unembed, transform, bias, targets, groups, options):
         for asked in [None if targets is None else _cut(targets, i, size, 0, -1)]
     ]
     carries = [start(block, layers=len(hidden), groups=groups) for block in blocks]
-    for i in range(-(-vocab // options.tile)):
-        tile = _tile_of(unembed, bias, groups, i, size=options.tile)
+    count = -(-vocab // options.tile)
+    for i in range(count):
+        # A masked tile is written to memory once more, so only one that must be.
+        masked = i == count - 1 and vocab % options.tile > 0
+        tile = _tile_of(unembed, bias, groups, i, size=options.tile, masked=masked)
         carries = [advance(*pair, tile) for pair in zip(carries, blocks)]
         # Without waiting, tiles would queue up in memory.
         jax.block_until_ready(carries[-1])
@@ -245,7 +248,10 @@ def _traced(hidden, unembed, transform, bias, targets, groups, options):
         # Checkpointed: the backward pass recomputes a tile instead of keeping all.
         @jax.checkpoint
         def step(carry, i):
-            tile = _tile_of(unembed, bias, groups, i, size=options.tile)
+            tile = _tile_of(
+                *(unembed, bias, groups, i),
+                **dict(size=options.tile, masked=vocab % options.tile > 0),
+            )
             return _advanced(carry, block, tile, options), None
 
         carry = _initial(block, options, layers, groups)
@@ -298,8 +304,8 @@ def _logits(rows, keys, bias, softcap) -> Float[Array, "tile rows"]:
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def _tile_of(unembed, bias, groups, i, size) -> _Tile:
+@functools.partial(jax.jit, static_argnames=("size", "masked"))
+def _tile_of(unembed, bias, groups, i, size, masked) -> _Tile:
     # The last tile is moved back to end with the vocabulary; what it repeats is not
     # fresh. Padding would copy the whole unembedding.
     start = jnp.minimum(i * size, unembed.shape[0] - size)
@@ -308,7 +314,8 @@ def _tile_of(unembed, bias, groups, i, size) -> _Tile:
     def cut(x, axis=0):
         return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis)
 
-    return _Tile(cut(unembed), cut(bias), cut(groups, 1), ids, ids >= i * size)
+    fresh = ids >= i * size if masked else None
+    return _Tile(cut(unembed), cut(bias), cut(groups, 1), ids, fresh)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "layers"))
@@ -335,13 +342,14 @@ def _advanced(carry: dict, block: _Block, tile: _Tile, options) -> dict:
     """The carry after one more tile."""
     logits = _logits(block.rows, tile.keys, tile.bias, options.softcap)
     logits = logits.reshape(-1, *carry["max"].shape)
-    logits = jnp.where(tile.fresh[:, None, None], logits, _MASKED)
+    if tile.fresh is not None:
+        logits = jnp.where(tile.fresh[:, None, None], logits, _MASKED)
     new = _moments(carry, logits, tile.groups, options.entropy, options.divergence)
     if options.k:
         new["top"] = _merge_top(carry["top"], logits, tile.ids[0], options.k)
     if block.targets is not None:
         new["above"] = carry["above"] + _count_above(
-            logits, block.target_logits, block.targets, tile.ids
+            logits, block.target_logits, block.targets, tile.ids[0]
         )
     return new
 
@@ -397,13 +405,20 @@ def _merge_top(best, logits, start, k):
     return scores, jnp.take_along_axis(ids, place, -1)
 
 
-def _count_above(logits, target_logits, targets, ids):
+def _count_above(logits, target_logits, targets, start):
+    """Tokens of the tile, other than the target, with a larger logit than it has."""
+    place = targets - start
+    inside = (place >= 0) & (place < len(logits))
+    place = jnp.clip(place, 0, len(logits) - 1)
     counts = []
     for j in range(targets.shape[1]):
-        others = ids[:, None, None] != targets[:, j]
-        above = (logits > target_logits[..., j]) & others
-        counts.append(jnp.sum(above, 0, dtype=jnp.int32))
-    return jnp.stack(counts, -1)
+        level = target_logits[..., j]
+        own = jnp.take_along_axis(logits, place[None, None, :, j], axis=0)[0]
+        # Counted in float32, whose reduction needs no pass of its own; exact, as a
+        # tile has far fewer than 2^24 tokens.
+        above = jnp.sum((logits > level).astype(jnp.float32), 0)
+        counts.append(above - ((own > level) & inside[:, j]))
+    return jnp.stack(counts, -1).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames="options")
