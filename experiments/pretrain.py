@@ -85,6 +85,12 @@ _SETTINGS = {
         "document_mask", None, "Attention stays within a document."
     ),
 }
+_SHUFFLE = flags.DEFINE_bool(
+    "shuffle", None, "A new order of documents each epoch, by --seed; or the file's."
+)
+_SAVE_DTYPE = flags.DEFINE_enum(
+    "save_dtype", "float32", ["float32", "bfloat16"], "Of the exported weights."
+)
 _RATES = flags.DEFINE_list(
     "rates", [], "pattern=factor of the learning rate of parameters; 0 freezes."
 )
@@ -121,6 +127,8 @@ def main(argv: list[str]) -> None:
     )
     exported = run.workdir / "model"
     models.save(model, exported)
+    if _SAVE_DTYPE.value != "float32":
+        models.save(models.load(exported, dtype=_SAVE_DTYPE.value), exported)
     for file in directory.glob("*token*"):
         shutil.copyfile(file, exported / file.name)
     steps, losses = training.loss_curve(run.workdir)
@@ -161,8 +169,8 @@ def _recipe() -> training.Recipe:
     recipe = _RECIPES[_RECIPE.value]
     given = {name: flag.value for name, flag in _SETTINGS.items()}
     recipe = recipe._replace(**{k: v for k, v in given.items() if v is not None})
-    if recipe.seed is not None:
-        recipe = recipe._replace(seed=common.SEED.value)
+    shuffle = recipe.seed is not None if _SHUFFLE.value is None else _SHUFFLE.value
+    recipe = recipe._replace(seed=common.SEED.value if shuffle else None)
     rates = []
     for entry in _RATES.value:
         pattern, separator, factor = entry.rpartition("=")

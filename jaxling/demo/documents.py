@@ -1,6 +1,6 @@
 """What the demo models read: verses, verse pairs and word pairs, in a fixed mix.
 
-The first 15% of the tokens are word pairs alone, in the prompt of word translation
+The first 5% of the tokens are word pairs alone, in the prompt of word translation
 (He et al., arXiv 2505.16385), where only the translations count in the loss:
 
     Please translate words from English to Swahili.
@@ -8,8 +8,8 @@ The first 15% of the tokens are word pairs alone, in the prompt of word translat
     English: water
     Swahili: maji
 
-Then of the documents 15% are one verse (" In the beginning ..."), 55% a verse in two
-languages ("English: ...\\nSwahili: ..."), and 30% word pairs as before. Verses are of
+Then of the documents 20% are one verse (" In the beginning ..."), 60% a verse in two
+languages ("English: ...\\nSwahili: ..."), and 20% word pairs as before. Verses are of
 the training books, words of training concepts: the lexicon's, and the looser pairs of
 `lexicons.mine`. `UNSEEN_PAIRS` of languages meet in no document. `</s>` ends each.
 """
@@ -24,8 +24,8 @@ from jaxling.training import Document
 from . import text
 
 LONGEST = 256  # positions of the models, and tokens of a document; longer ones are cut
-WORDS_FIRST = 0.15  # of the tokens
-SHARES = {"verse": 0.15, "verse pair": 0.55, "word pairs": 0.30}
+WORDS_FIRST = 0.05  # of the tokens
+SHARES = {"verse": 0.20, "verse pair": 0.60, "word pairs": 0.20}
 ENGLISH_WEIGHT = 3.0  # of language pairs with English against the others
 WORD_PAIRS = (3, 9)  # a document, bounds included
 UNSEEN_PAIRS = frozenset(

@@ -16,8 +16,9 @@ _LANGUAGE_WIDTH = 31
 # Weights of the three blocks of columns in a row, and the gains with which the last
 # norm reads them: of the few that were tried, those whose untrained model (the last
 # token's own row as the hidden state) predicted training verses best.
-_WEIGHTS = (1.2, 1.8, 2.0)
-_GAINS = (0.5, 0.175, 0.5)
+_WEIGHTS = (1.8, 0.8, 1.0)
+_GAINS = (0.25, 0.85, 0.7)
+_GAINS_WIDTH = 192
 
 
 def _singular(matrix: np.ndarray, rank: int, rng: np.random.Generator):
@@ -73,6 +74,11 @@ def initial_embedding(
 
 
 def output_gain(width: int) -> np.ndarray:
-    """`[width]` gains of the last norm that suit `initial_embedding`."""
+    """`[width]` gains of the last norm that suit `initial_embedding`.
+
+    The norm makes rows as long as the root of their width; logits are to be as large
+    at every width.
+    """
     sizes = (width - _LANGUAGE_WIDTH - 1, _LANGUAGE_WIDTH, 1)
-    return np.repeat(_GAINS, sizes).astype(np.float32)
+    gains = np.repeat(_GAINS, sizes) * np.sqrt(_GAINS_WIDTH / width)
+    return gains.astype(np.float32)

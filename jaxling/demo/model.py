@@ -14,7 +14,7 @@ ROPE_BASE = 10000.0
 FARTHEST = 6  # tokens that a head looks back at first
 # Sizes of the first weights, chosen on development words among a few that were tried.
 _COPY = 0.15
-_LOOK_BACK = 8.3
+_LOOK_BACK = 14.0
 _RANDOM_ATTENTION = 0.3
 _PAIRS = 4  # of rotary coordinates; the slower ones hardly tell neighbours apart
 
