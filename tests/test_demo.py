@@ -229,7 +229,7 @@ def test_documents_hold_nothing_that_is_held_out(pieces, training_verses, mined)
         if first_verse is None and not content.startswith("Please"):
             first_verse = number
     before = sum(len(document.tokens) for document in drawn[:first_verse])
-    assert documents.WORDS_FIRST * 150_000 <= before < 0.25 * 150_000
+    assert documents.WORDS_FIRST * 150_000 <= before < 0.1 * 150_000
     mixed = len(drawn) - first_verse
     for kind, share in documents.SHARES.items():
         count = kinds[kind] - (first_verse if kind == "word pairs" else 0)

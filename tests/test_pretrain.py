@@ -3,8 +3,10 @@
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
@@ -74,6 +76,24 @@ def test_a_run_leaves_its_record_its_picture_and_a_model(config, tokens, tmp_pat
     np.testing.assert_allclose(before.loss, found["before"], rtol=1e-6)
 
 
+def test_weights_are_exported_in_the_dtype_asked_for(config, tokens, tmp_path):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        workdir = str(tmp_path / dtype)
+        with small(
+            tmp_path, config=config, tokens=tokens, workdir=workdir, save_dtype=dtype
+        ):
+            pretrain.main([])
+        file = tmp_path / dtype / "model" / "model.safetensors"
+        found[dtype] = safetensors.numpy.load_file(file)
+        written = json.loads((file.parent / "config.json").read_text())
+        assert written["dtype"] == dtype
+    for name, exact in found["float32"].items():
+        np.testing.assert_array_equal(
+            exact.astype(ml_dtypes.bfloat16), found["bfloat16"][name]
+        )
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -106,6 +126,10 @@ def test_lines_that_are_no_text_are_named(tmp_path):
 def test_the_olmo_recipe_is_one_flag_and_others_change_it(tmp_path):
     with flagsaver.flagsaver(recipe="olmo"):
         assert pretrain._recipe() == training.OLMO
+    with flagsaver.flagsaver(recipe="olmo", shuffle=True, seed=3):
+        assert pretrain._recipe() == training.OLMO._replace(seed=3)
+    with flagsaver.flagsaver(shuffle=False, seed=3):
+        assert pretrain._recipe().seed is None
     with flagsaver.flagsaver(recipe="olmo", rows=64, rates=["embed=0"]):
         changed = training.OLMO._replace(batch=64, rates=(("embed", 0.0),))
         assert pretrain._recipe() == changed
