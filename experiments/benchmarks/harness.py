@@ -142,7 +142,7 @@ def record(
         "device": device(),
         "versions": {
             name: importlib.metadata.version(name)
-            for name in ("jax", "jaxlib", "numpy", "faiss-cpu", "scikit-learn")
+            for name in ("jax", "jaxlib", "numpy", "faiss-cpu", "scikit-learn", "torch")
             if _installed(name)
         }
         | {"python": platform.python_version()},

@@ -6,22 +6,15 @@
 rank and log-probability of a target, entropy, and KL from the last layer. Dense float32
 logits of all layers would take 3.1 GB. The loops make one layer's logits after the
 other, the last layer's first, in torch and in jitted jnp, from the same weights; in
-torch the product of bfloat16 weights is bfloat16, as it is with `lm_head`. Runs take
-turns in one process on the same threads. Needs the `torch` extra. The record is written
-to `experiments/benchmarks/lens_<dtype>.json`.
+torch the product of bfloat16 weights is bfloat16, as it is with `lm_head`. The product
+line computes all logits and keeps nothing but maxima: no lens can be faster. Memory is
+the peak rise of a second call in a fresh process, compilation apart. Needs the `torch`
+extra.
 """
 
 import ctypes
-import functools
 import gc
-import json
-import pathlib
-import platform
-import statistics
-import threading
-import time
 from collections.abc import Callable
-from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -30,51 +23,63 @@ from absl import app, flags
 
 from jaxling import kernels
 
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights.")
-VOCABULARY = flags.DEFINE_integer("vocabulary", 250_002, "Tokens.", 1)
-ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of which the median is taken.", 1)
+from . import harness
+
 LAYERS, POSITIONS, WIDTH, TOP = 12, 256, 768, 10
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights.")
+_VOCABULARY = flags.DEFINE_integer("vocabulary", 250_002, "Tokens.", TOP)
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "Interleaved repetitions.", 1)
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def arrays(vocabulary: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Stream `[layer, position, d]`, unembedding, and a target for each position."""
+    rng = np.random.default_rng(0)
+    unembed = rng.standard_normal((vocabulary, WIDTH), np.float32) * 0.05
+    stream = rng.standard_normal((LAYERS, POSITIONS, WIDTH), np.float32)
+    return stream, unembed, rng.integers(0, vocabulary, POSITIONS)
+
+
+def in_jax(kind: str, vocabulary: int) -> tuple[jax.Array, ...]:
+    stream, unembed, targets = arrays(vocabulary)
+    return jnp.asarray(stream, kind), jnp.asarray(unembed, kind), jnp.asarray(targets)
+
+
+def ours(stream, unembed, targets) -> Callable:
+    options = dict(k=TOP, entropy=True, divergence=True, targets=targets)
+    return lambda: jax.block_until_ready(
+        kernels.project_layers(stream, unembed, **options)
+    )
+
+
+def ours_again(kind: str, vocabulary: int) -> Callable:
+    """Ours after a call that compiled, with what that freed given back."""
+    call = ours(*in_jax(kind, vocabulary))
     call()
-    return time.perf_counter() - start
-
-
-def measured(call: Callable[[], object]) -> tuple[float, int]:
-    """Seconds, and by how many bytes the process grew, looked at every 5 ms.
-
-    What was freed before is first given back, or it would be used again unseen.
-    """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-    def resident() -> int:
-        fields = pathlib.Path("/proc/self/statm").read_text().split()
-        return int(fields[1]) * 4096
-
-    before, most, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.005):
-            most = max(most, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    taken = seconds(call)
-    done.set()
-    watcher.join()
-    return taken, max(most - before, 0)
+    return call
 
 
-def ours(hidden, unembed, targets):
-    return jax.block_until_ready(
-        kernels.project_layers(
-            hidden, unembed, k=TOP, entropy=True, divergence=True, targets=targets
-        )
+@jax.jit
+def _maxima(keys, rows):
+    logits = jnp.einsum(
+        "vd,rd->vr",
+        keys,
+        rows,
+        preferred_element_type=jnp.float32,
+        precision="highest" if keys.dtype == jnp.float32 else None,
     )
+    return logits.max(0)
+
+
+def product(stream, unembed) -> Callable:
+    rows = stream.reshape(-1, WIDTH)
+
+    def multiply():
+        for start in range(0, len(unembed), 4096):
+            jax.block_until_ready(_maxima(unembed[start : start + 4096], rows))
+
+    return multiply
 
 
 @jax.jit
@@ -93,17 +98,23 @@ def _dense_layer(rows, unembed, targets, final):
     )
 
 
-def jnp_loop(hidden, unembed, targets):
-    final, last = _dense_layer(hidden[-1], unembed, targets, None)
-    found = []
-    for rows in hidden[:-1]:
-        found.append(_dense_layer(rows, unembed, targets, final)[1])
-        jax.block_until_ready(found[-1])  # one layer's logits at a time
-    return jax.block_until_ready([*found, last])
+def jnp_loop(stream, unembed, targets) -> Callable:
+    def loop():
+        final, last = _dense_layer(stream[-1], unembed, targets, None)
+        found = []
+        for rows in stream[:-1]:
+            found.append(_dense_layer(rows, unembed, targets, final)[1])
+            jax.block_until_ready(found[-1])  # one layer's logits at a time
+        return jax.block_until_ready([*found, last])
+
+    return loop
 
 
-def torch_loop(hidden, unembed, targets):
+def torch_loop(kind: str, vocabulary: int) -> Callable:
     import torch
+
+    stream, unembed, targets = map(torch.tensor, arrays(vocabulary))
+    stream, unembed = (x.to(getattr(torch, kind)) for x in (stream, unembed))
 
     def layer(rows, final):
         logits = (rows @ unembed.T).float()
@@ -119,66 +130,42 @@ def torch_loop(hidden, unembed, targets):
             log_p.gather(-1, targets[:, None]),
         )
 
-    with torch.inference_mode():
-        final, last = layer(hidden[-1], None)
-        return [*(layer(rows, final)[1] for rows in hidden[:-1]), last]
+    def loop():
+        with torch.inference_mode():
+            final, last = layer(stream[-1], None)
+            return [*(layer(rows, final)[1] for rows in stream[:-1]), last]
+
+    return loop
 
 
 def main(argv: list[str]) -> None:
     del argv
-    import torch
-
-    rng = np.random.default_rng(0)
-    vocabulary = VOCABULARY.value
-    matrix = rng.standard_normal((vocabulary, WIDTH), np.float32) * 0.05
-    stream = rng.standard_normal((LAYERS, POSITIONS, WIDTH), np.float32)
-    targets = rng.integers(0, vocabulary, POSITIONS)
-    kind = DTYPE.value
-    jax_inputs = (
-        jnp.asarray(stream, kind),
-        jnp.asarray(matrix, kind),
-        jnp.asarray(targets),
-    )
-    torch_inputs = (
-        torch.tensor(stream).to(getattr(torch, kind)),
-        torch.tensor(matrix).to(getattr(torch, kind)),
-        torch.tensor(targets),
-    )
-    del matrix
-    calls = {
-        "jaxling": functools.partial(ours, *jax_inputs),
-        "torch": functools.partial(torch_loop, *torch_inputs),
-        "jnp": functools.partial(jnp_loop, *jax_inputs),
+    kind, vocabulary = _DTYPE.value, _VOCABULARY.value
+    stream, unembed, targets = in_jax(kind, vocabulary)
+    contestants = {
+        "ours": ours(stream, unembed, targets),
+        "torch": torch_loop(kind, vocabulary),
+        "jnp": jnp_loop(stream, unembed, targets),
+        "product": product(stream, unembed),
     }
-    first = {name: seconds(calls[name]) for name in ("jaxling", "jnp")}  # compilation
-    times = {name: [] for name in calls}
-    extra = dict.fromkeys(calls, 0)
-    for _ in range(ROUNDS.value):
-        for name, call in calls.items():
-            taken, grown = measured(call)
-            times[name].append(taken)
-            extra[name] = max(extra[name], grown)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    dense = LAYERS * POSITIONS * vocabulary * 4
-    record = {
-        "shape": [LAYERS, POSITIONS, WIDTH, vocabulary],
+    timings, _ = harness.interleaved(contestants, _ROUNDS.value)
+    found = {
+        f"{name} / ours": round(timing.median / timings["ours"].median, 2)
+        for name, timing in timings.items()
+        if name != "ours"
+    }
+    rise = harness.peak_rise(ours_again, kind, vocabulary)
+    dense = LAYERS * POSITIONS * vocabulary * 4 / 2**20
+    found["extra memory of ours, MiB"] = round(rise, 1)
+    found["dense logits / extra memory"] = round(dense / rise, 1)
+    case = {
+        "layers": LAYERS,
+        "positions": POSITIONS,
+        "columns": WIDTH,
+        "tokens": vocabulary,
         "dtype": kind,
-        "seconds": {k: [round(t, 3) for t in v] for k, v in times.items()},
-        "median": {k: round(v, 3) for k, v in medians.items()},
-        "first_call": {k: round(v, 3) for k, v in first.items()},
-        "times_as_fast": {
-            k: round(medians[k] / medians["jaxling"], 2) for k in ("torch", "jnp")
-        },
-        "peak_extra_mb": {k: round(v / 1e6, 1) for k, v in extra.items()},
-        "dense_over_extra": round(dense / max(extra["jaxling"], 1), 1),
-        "threads": torch.get_num_threads(),
-        "devices": [str(device) for device in jax.devices()],
-        "processor": platform.processor() or platform.machine(),
-        "versions": {name: metadata.version(name) for name in ("jax", "torch")},
     }
-    path = pathlib.Path(__file__).with_name(f"lens_{kind}.json")
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=2))
+    harness.record("lens", case, timings, found)
 
 
 if __name__ == "__main__":
