@@ -2,16 +2,15 @@
 
 Only one of identical rows takes part. Rows without a proof are searched by
 `exhaustive`, which looks at every pair. Everything here runs on the host; arrays are
-whole, or as much of them as a caller with a larger matrix brings at a time.
+whole (a memory map will do), or as much as a caller with a larger matrix brings.
 """
 
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import ArrayLike
 
-from . import duplicates, exhaustive, pairs, panels, ranking, streamed
+from . import duplicates, exhaustive, pairs, panels, ranking, scaled, streamed
 
 PANEL = 32_768  # rows whose candidates are held together
 
@@ -30,9 +29,9 @@ class Lists(NamedTuple):
     unproved: np.ndarray
 
 
-def all_pairs(x: Array, k: int, metric: pairs.Metric, include_self: bool) -> Lists:
+def all_pairs(x: ArrayLike, k: int, metric: pairs.Metric, include_self: bool) -> Lists:
     """The k closest rows of `x` for each of its rows."""
-    rows, _ = _prepare(x, x, metric, one_scale=True)
+    rows, _ = scaled.prepare(x, x, metric, one_scale=True)
     groups = duplicates.group(rows.values, np.asarray(rows.valid))
     count = len(groups.first)
     ranks = np.full((count, k), ranking.EMPTY)
@@ -60,9 +59,9 @@ def all_pairs(x: Array, k: int, metric: pairs.Metric, include_self: bool) -> Lis
     )
 
 
-def nearest(queries: Array, keys: Array, k: int, metric: pairs.Metric) -> Lists:
+def nearest(queries: ArrayLike, keys: ArrayLike, k: int, metric: pairs.Metric) -> Lists:
     """The k closest keys of each query."""
-    rows, others = _prepare(queries, keys, metric, one_scale=False)
+    rows, others = scaled.prepare(queries, keys, metric, one_scale=False)
     mine, theirs = (
         duplicates.group(side.values, np.asarray(side.valid)) for side in (rows, others)
     )
@@ -85,8 +84,8 @@ def nearest(queries: Array, keys: Array, k: int, metric: pairs.Metric) -> Lists:
 
 
 def cross(
-    a: Array,
-    b: Array,
+    a: ArrayLike,
+    b: ArrayLike,
     k: int,
     metric: pairs.Metric,
     best_a: np.ndarray | None,
@@ -97,7 +96,7 @@ def cross(
     Each `best`, a score per row or None, is that of the k-th neighbour a row has
     already: what is worse may be left out.
     """
-    sides = _prepare(a, b, metric, one_scale=True)
+    sides = scaled.prepare(a, b, metric, one_scale=True)
     groups = [duplicates.group(s.values, np.asarray(s.valid)) for s in sides]
     floors = [
         _least(_closeness(best, sides, metric, len(group.of_row)), group)
@@ -134,9 +133,6 @@ def cross(
         for me in (0, 1)
     ]
     return lists[0], lists[1]
-
-
-_prepare = jax.jit(pairs.prepare, static_argnames=("metric", "one_scale"))
 
 
 def _panels(ids: np.ndarray) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ Vocabularies hold thousands of identical rows (unused tokens). As rows of a sear
 of them would be a candidate of all the others.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt
 
-from . import ranking
+from . import ranking, scaled
+
+_COMPARED = 1024  # pairs of rows compared together
 
 
 class Groups(NamedTuple):
@@ -35,18 +38,21 @@ class Groups(NamedTuple):
 def group(values: Float[Array, "n d"], valid: np.ndarray) -> Groups:
     """The groups of equal rows among the valid ones."""
     n = len(valid)
-    hashes = np.asarray(_hashes(values)).astype(np.uint64)
-    keys = (hashes[0] << np.uint64(32)) | hashes[1]
+    keys = np.zeros(n, np.uint64)
+    for first, size in scaled.spans(*values.shape):
+        hashes = np.asarray(_hashes(values, first, size)).astype(np.uint64)
+        keys[first : first + size] = (hashes[0] << np.uint64(32)) | hashes[1]
     rows = np.flatnonzero(valid)
     rows = rows[np.argsort(keys[rows], kind="stable")]
     same = keys[rows[1:]] == keys[rows[:-1]]
     # Equal hashes are a conjecture. Rows that differ from the one before them begin a
     # group of their own: a collision costs time, never correctness.
     doubtful = np.flatnonzero(same)
-    for at in range(0, len(doubtful), 4096):
-        part = doubtful[at : at + 4096]
-        equal = _rows_equal(values, rows[part], rows[part + 1])
-        same[part] = np.asarray(equal)
+    for at in range(0, len(doubtful), _COMPARED):
+        part = doubtful[at : at + _COMPARED]
+        filled = np.resize(part, _COMPARED)  # one program for all
+        equal = _rows_equal(values, rows[filled], rows[filled + 1])
+        same[part] = np.asarray(equal)[: len(part)]
     begins = np.concatenate([[True], ~same])[: len(rows)]
     start = np.flatnonzero(begins)
     first = rows[start]
@@ -62,9 +68,10 @@ def _rows_equal(values, a, b):
     return (values[a] == values[b]).all(axis=1)
 
 
-@jax.jit
-def _hashes(values: Float[Array, "n d"]) -> UInt[Array, "2 n"]:
+@functools.partial(jax.jit, static_argnames="size")
+def _hashes(values: Float[Array, "n d"], start, size) -> UInt[Array, "2 b"]:
     """Two sums of the rows' bits times odd numbers: exact, in whatever order."""
+    values = jax.lax.dynamic_slice_in_dim(values, start, size)
     values = jnp.where(values == 0, 0.0, values)  # -0.0 is equal and must hash so
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     bits ^= bits >> 15  # low bits of a float are often zero

@@ -326,13 +326,12 @@ def _traced_cross(a, b, best_a, best_b, *, k, metric, named):
 
 def _streamed_nearest(queries, keys, *, k, metric, named):
     _check_streamed(named, queries, keys)
-    sides = jnp.asarray(queries), jnp.asarray(keys)
-    return _from_host(concrete.nearest(*sides, k, metric))
+    return _from_host(concrete.nearest(queries, keys, k, metric))
 
 
 def _streamed_all_pairs(x, *, k, metric, include_self, named):
     _check_streamed(named, x, x)
-    return _from_host(concrete.all_pairs(jnp.asarray(x), k, metric, include_self))
+    return _from_host(concrete.all_pairs(x, k, metric, include_self))
 
 
 def _streamed_cross(a, b, best_a, best_b, *, k, metric, named):
@@ -341,7 +340,7 @@ def _streamed_cross(a, b, best_a, best_b, *, k, metric, named):
         None if best is None else np.asarray(best.scores)[:, -1]
         for best in (best_a, best_b)
     )
-    found = concrete.cross(jnp.asarray(a), jnp.asarray(b), k, metric, *bests)
+    found = concrete.cross(a, b, k, metric, *bests)
     of_a, of_b = (_from_host(lists)[0] for lists in found)
     return of_a, of_b
 

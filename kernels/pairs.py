@@ -54,30 +54,45 @@ def prepare(
 
     With `one_scale` all queries share one too: keys look for queries as well.
     """
-    finite = [jnp.isfinite(x).all(axis=1) for x in (queries, keys)]
-    sides = [
-        jnp.where(mask[:, None], x, 0).astype(jnp.float32)
-        for mask, x in zip(finite, (queries, keys))
-    ]
-    if metric == "cosine":
-        return tuple(  # type: ignore[return-value]
-            Rows(numerics.unit(x), mask & (x != 0).any(axis=1), _zeros(x))
-            for mask, x in zip(finite, sides)
-        )
-    all_keys = _exponent(sides[1], axis=None)
-    if metric == "dot" and one_scale:
-        exponents = [_exponent(sides[0], axis=None), all_keys]
-        exponents = [e - _SAFE_EXPONENT for e in exponents]
-    elif metric == "dot":
-        exponents = [_exponent(sides[0], axis=1), all_keys - _SAFE_EXPONENT]
-    else:
-        common = jnp.maximum(_exponent(sides[0], axis=None), all_keys)
-        exponents = [common - _SAFE_EXPONENT] * 2
-    exponents = [_zeros(x) + e for x, e in zip(sides, exponents)]
-    return tuple(  # type: ignore[return-value]
-        Rows(times_power_of_two(x, -e[:, None]), mask, e)
-        for x, mask, e in zip(sides, finite, exponents)
+    exponents = None, None
+    if metric != "cosine":
+        tops = top_exponent(queries), top_exponent(keys)
+        exponents = scales(*tops, metric, one_scale)
+    return (
+        at_scale(queries, exponents[0], metric),
+        at_scale(keys, exponents[1], metric),
     )
+
+
+def top_exponent(x: Float[Array, "n d"]) -> Int[Array, ""]:
+    """Smallest e with all `|x| < 2**e` in the rows that are finite; 0 for zeros."""
+    return _exponent(_finite(x)[0], axis=None)
+
+
+def scales(
+    of_queries: Int[Array, ""], of_keys: Int[Array, ""], metric: Metric, one_scale: bool
+) -> tuple[Int[Array, ""] | None, Int[Array, ""]]:
+    """Both sides' exponents for `at_scale`, from their `top_exponent`s (not cosine)."""
+    if metric == "l2":
+        common = jnp.maximum(of_queries, of_keys) - _SAFE_EXPONENT
+        return common, common
+    return of_queries - _SAFE_EXPONENT if one_scale else None, of_keys - _SAFE_EXPONENT
+
+
+def at_scale(
+    x: Float[Array, "n d"], exponent: Int[Array, ""] | None, metric: Metric
+) -> Rows:
+    """One side at a safe scale: its exponent, or with None each row's own.
+
+    Cosine takes no exponent: rows become unit rows.
+    """
+    x, finite = _finite(x)
+    if metric == "cosine":
+        valid = finite & (x != 0).any(axis=1)
+        return Rows(numerics.unit(x), valid, jnp.zeros(len(x), jnp.int32))
+    own = _exponent(x, axis=1) if exponent is None else exponent
+    exponents = jnp.zeros(len(x), jnp.int32) + own
+    return Rows(times_power_of_two(x, -exponents[:, None]), finite, exponents)
 
 
 def pair_closeness(
@@ -170,5 +185,7 @@ def _exponent(x: Float[Array, "n d"], axis: int | None) -> Int[Array, "..."]:
     return jnp.frexp(largest)[1].astype(jnp.int32)
 
 
-def _zeros(x: Float[Array, "n d"]) -> Int[Array, " n"]:
-    return jnp.zeros(x.shape[0], jnp.int32)
+def _finite(x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Bool[Array, " n"]]:
+    """`x` in float32 with zeros for rows that are not finite, and which are."""
+    finite = jnp.isfinite(x).all(axis=1)
+    return jnp.where(finite[:, None], x, 0).astype(jnp.float32), finite
