@@ -16,28 +16,57 @@ _NONE = np.float32(-np.inf)
 
 
 class Candidates(NamedTuple):
-    """Pairs by position, with what is known of their filtered scores.
+    """Pairs of one tile, with what is known of their filtered scores.
+
+    They are many: each takes seven bytes.
 
     Attributes:
-      i: position among the rows, int32.
-      j: position among the keys, int32.
-      lower: the score is at least this; minus infinity where a word's largest score
-        may belong to another of its columns.
-      upper: the score is at most this.
+      corner: positions of the tile's first row and key.
+      i: row of the tile, uint16.
+      j: key of the tile, uint16.
+      steps: the largest score of the pair's word in steps of the scale, uint16.
+      several: the word holds more pairs, and the score may be that of another.
+      least: score of zero steps.
+      step: size of a step.
     """
 
+    corner: tuple[int, int]
     i: np.ndarray
     j: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
+    steps: np.ndarray
+    several: np.ndarray
+    least: float
+    step: float
 
     def where(self, keep: np.ndarray) -> "Candidates":
         """The candidates that `keep` marks."""
-        return Candidates(*(part[keep] for part in self))
+        kept = (part[keep] for part in (self.i, self.j, self.steps, self.several))
+        return Candidates(self.corner, *kept, self.least, self.step)
+
+    def positions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions among the rows and among the keys, int32."""
+        i, j = self.corner
+        return self.i + np.int32(i), self.j + np.int32(j)
+
+    def lower(self) -> np.ndarray:
+        """Scores are at least this; minus infinity where nothing is known."""
+        lower = self._score(-_SLACK)
+        lower[self.several] = _NONE
+        return lower
+
+    def upper(self) -> np.ndarray:
+        """Scores are at most this."""
+        return self._score(1 + _SLACK)
+
+    def _score(self, more: np.float32) -> np.ndarray:
+        steps = self.steps.astype(np.float32) + np.float32(more)
+        return np.float32(self.least) + steps * np.float32(self.step)
 
 
-def read(words: np.ndarray, i: int, j: int, least: float, step: float) -> Candidates:
-    """The set bits of a mask whose corner is the pair of positions `(i, j)`.
+def read(
+    words: np.ndarray, corner: tuple[int, int], least: float, step: float
+) -> Candidates:
+    """The set bits of a mask whose first row and key are at the `corner`.
 
     `least` and `step` are the scale of the scores in the words' upper halves.
     """
@@ -50,13 +79,11 @@ def read(words: np.ndarray, i: int, j: int, least: float, step: float) -> Candid
     word = used[bits >> 4]
     row = word // per_row
     column = word - row * per_row + (bits & (BITS - 1)) * per_row
-    known = (flat[word] >> np.uint32(BITS)).astype(np.float32)
-    least, step = np.float32(least), np.float32(step)
-    lower = least + (known - _SLACK) * step
-    upper = least + (known + (1 + _SLACK)) * step
+    steps = (flat[word] >> np.uint32(BITS)).astype(np.uint16)
     mask = masks[word]
-    lower[(mask & (mask - np.uint16(1))) != 0] = _NONE
-    return Candidates(row + np.int32(i), column + np.int32(j), lower, upper)
+    several = (mask & (mask - np.uint16(1))) != 0
+    row, column = row.astype(np.uint16), column.astype(np.uint16)
+    return Candidates(corner, row, column, steps, several, least, step)
 
 
 def count(words: np.ndarray) -> int:
@@ -94,11 +121,9 @@ def thinned(
     counts = [np.zeros((len(side.threshold), _BINS), np.int32) for side in sides]
 
     def histograms(part: Candidates):
-        off = slice(None) if keys is not None else part.i != part.j
-        return (
-            _histogram(part.i, part.lower, rows),
-            _histogram(part.j[off], part.lower[off], sides[-1]),
-        )
+        (i, j), lower = part.positions(), part.lower()
+        off = slice(None) if keys is not None else i != j
+        return _histogram(i, lower, rows), _histogram(j[off], lower[off], sides[-1])
 
     # A part is of one tile: its rows lie together, and so do their counts.
     for both in each(histograms, parts):
@@ -111,9 +136,9 @@ def thinned(
     ]
 
     def kept(part: Candidates):
-        at = np.minimum(reach[0][part.i], reach[-1][part.j])
-        keep = part.upper >= at
-        return part.i[keep], part.j[keep]
+        i, j = part.positions()
+        keep = part.upper() >= np.minimum(reach[0][i], reach[-1][j])
+        return i[keep], j[keep]
 
     nothing = np.zeros(0, np.int32), np.zeros(0, np.int32)
     i, j = (np.concatenate(side) for side in zip(nothing, *each(kept, parts)))

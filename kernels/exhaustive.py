@@ -68,7 +68,7 @@ def search(
             )
             level = np.full(b - a, -np.inf, np.float32)
             ranks[start + a : start + b] = ranking.select(
-                i, closeness, keys.ids[j], level, chosen.k, chosen.each
+                [(i, j, closeness)], keys.ids, level, chosen.k, chosen.each
             )
     return ranks
 
@@ -86,20 +86,21 @@ def _looked_at(rows, keys, tiles, one_more, chosen):
     block = prefilter.operand(
         rows.values, rows.ids, chosen.center, chosen.metric, _FLOAT32
     )
-    walked = [
-        _tile(
+    scores, maxima, largest = [], [], []
+    for tile in tiles:
+        walked = _tile(
             *(block, keys.values, tile, chosen.center),
             metric=chosen.metric,
             group=group,
         )
-        for tile in tiles
-    ]
-    scores, maxima, largest = zip(*walked)
-    scores = [np.asarray(part) for part in scores]
+        # Waiting for each tile keeps the gathered rows of one alive, not of all.
+        scores.append(np.asarray(walked[0]))
+        maxima.append(np.asarray(walked[1]))
+        largest.append(walked[2])
     largest = prefilter.Largest(*(np.max(norms) for norms in zip(*largest)))
     norm = jnp.linalg.norm(chosen.center)
     bound = np.asarray(prefilter.bound(block, largest, norm, chosen.metric))
-    maxima = np.concatenate([np.asarray(part) for part in maxima], axis=1)
+    maxima = np.concatenate(maxima, axis=1)
     if maxima.shape[1] < count:
         return scores, np.full(len(rows.ids), -np.inf, np.float32)
     kth = np.partition(maxima, -count, axis=1)[:, -count]

@@ -183,14 +183,13 @@ class Side:
         sure = known - self._gathered(self.bounds)
         self.level = np.maximum(self._level(), self.unit * sure)
 
-    def ranked(
-        self, mine: np.ndarray, theirs: np.ndarray, scores: np.ndarray, ids: np.ndarray
-    ) -> Ranked:
-        """The k best pairs of each row, from positions and closenesses of pairs."""
+    def ranked(self, runs: list[ranking.Run], ids: np.ndarray) -> Ranked:
+        """The k best pairs of each row, from positions and closenesses of pairs.
+
+        `ids` are the keys', by position.
+        """
         level = self._level() if self.level is None else self.level
-        ranks = ranking.select(
-            mine, scores, ids[theirs], level, self.chosen.k, self.chosen.each
-        )
+        ranks = ranking.select(runs, ids, level, self.chosen.k, self.chosen.each)
         # Below a floor nothing was asked for: fewer than k are all there are.
         complete = (ranks[:, -1] != ranking.EMPTY) | (self.floor > -np.inf)
         asked = self._gathered(self.thresholds) != np.inf

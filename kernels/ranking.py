@@ -33,49 +33,69 @@ def decode(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return closeness, np.where(empty, -1, ranks & 0xFFFFFFFF).astype(np.int32)
 
 
+Run = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows, others, closenesses
+
+
 def select(
-    owners: np.ndarray,
-    closeness: np.ndarray,
-    ids: np.ndarray,
-    level: np.ndarray,
-    k: int,
-    each: Callable,
+    runs: list[Run], ids: np.ndarray, level: np.ndarray, k: int, each: Callable
 ) -> np.ndarray:
     """The k first ranks of each row, `[len(level), k]`.
 
-    Entry by entry, in any order: `owners` names a row, `ids` its neighbour and
-    `closeness` theirs; below the row's `level` an entry does not count. `each` is a
+    A run holds pairs in any order: a row, the position of another in `ids`, and their
+    closeness. What is below the row's `level`, or NaN, does not count. `each` is a
     parallel `map`.
     """
     rows = len(level)
-    order = np.argsort(
-        owners.astype(np.uint16 if rows <= 1 << 16 else np.int32), kind="stable"
-    ).astype(np.int32 if len(owners) < 1 << 31 else np.int64)
-    held = np.bincount(owners, minlength=rows)
-    ends = np.concatenate([[0], np.cumsum(held)])
+    orders = [sorting(run[0], rows) for run in runs]
+    held = [np.bincount(run[0], minlength=rows) for run in runs]
+    ends = [np.concatenate([[0], np.cumsum(counts)]) for counts in held]
+    total = sum(held)
     best = np.full((rows, k), EMPTY)
 
-    def ranks_of(part: slice) -> np.ndarray:
-        entry = order[part]
-        ranks = encode(closeness[entry], ids[entry])
-        return np.where(closeness[entry] >= level[owners[entry]], ranks, EMPTY)
+    def ranks_of(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Entry by entry: the row, and its rank or none."""
+        found = []
+        for (mine, others, closeness), order, end in zip(runs, orders, ends):
+            entry = order[end[first] : end[last]]
+            row, value = mine[entry], closeness[entry]
+            rank = encode(value, ids[others[entry]])
+            found.append((row, np.where(value >= level[row], rank, EMPTY)))
+        row, rank = (np.concatenate(part) for part in zip(*found))
+        return row, rank
 
     def chunk(first: int) -> None:
         last = min(first + _CHUNK, rows)
-        width = int(min(_CROWDED + k, held[first:last].max(initial=0)))
-        part = slice(ends[first], ends[last])
-        owner = owners[order[part]]
-        place = np.arange(ends[first], ends[last]) - ends[owner]
+        crowd = total[first:last]
+        width = int(min(_CROWDED + k, crowd.max(initial=0)))
         padded = np.full((last - first, max(width, k)), EMPTY)
-        fits = place < width
-        padded[owner[fits] - first, place[fits]] = ranks_of(part)[fits]
+        row, rank = ranks_of(first, last)
+        filled = np.zeros(last - first, np.int64)
+        at = 0
+        for counts in held:
+            counts = counts[first:last]
+            size = int(counts.sum())
+            here = slice(at, at + size)
+            # Rows ascend within a run: the place is how far its row's begin lies back.
+            begin = np.cumsum(counts) - counts
+            place = np.arange(size) + (filled - begin)[row[here] - first]
+            fits = place < width
+            padded[row[here][fits] - first, place[fits]] = rank[here][fits]
+            filled, at = filled + counts, at + size
         best[first:last] = smallest(padded, k)
-        for row in first + np.flatnonzero(held[first:last] > width):
-            own = ranks_of(slice(ends[row], ends[row + 1]))
-            best[row] = smallest(own[None], k)[0]
+        for one in first + np.flatnonzero(crowd > width):
+            best[one] = smallest(ranks_of(one, one + 1)[1][None], k)[0]
 
     consume(each(chunk, range(0, rows, _CHUNK)))
     return best
+
+
+def sorting(rows: np.ndarray, count: int) -> np.ndarray:
+    """A stable order by row, of `count` rows: int32 where it can be."""
+    # NumPy sorts 16 bits by radix, several times faster.
+    order = np.argsort(
+        rows.astype(np.uint16 if count <= 1 << 16 else np.int32), kind="stable"
+    )
+    return order.astype(np.int32 if len(rows) < 1 << 31 else np.int64)
 
 
 def smallest(ranks: np.ndarray, k: int) -> np.ndarray:

@@ -31,14 +31,15 @@ def scored(
     Returns the closenesses, `i` and `j`, all in a new order.
     """
     count = len(rows.ids)
-    order = np.argsort(i.astype(np.uint16) if count <= 1 << 16 else i, kind="stable")
+    order = ranking.sorting(i, count)
     i, j = i[order], j[order]
+    del order
     held = np.bincount(i, minlength=count)
     segments = -(-held // _SEGMENT)
     total = int(segments.sum())
     calls = -(-total // (_STEPS * _CHUNK))
     shift = (np.cumsum(segments) - segments) * _SEGMENT - (np.cumsum(held) - held)
-    slot = np.arange(len(i)) + shift[i]
+    slot = np.arange(len(i), dtype=np.int32) + shift.astype(np.int32)[i]
     partners = np.zeros(calls * _STEPS * _CHUNK * _SEGMENT, np.int32)
     partners[slot] = keys.ids[j]
     partners = partners.reshape(calls, _STEPS, _CHUNK, _SEGMENT)

@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from . import pairs
 
-_BLOCK = 1 << 22  # numbers in a block: 16 MiB
+_BLOCK = 1 << 20  # numbers in a block: 4 MiB, which malloc gives back
 
 
 def prepare(

@@ -48,13 +48,9 @@ def within(
     odd = ((i ^ j) & 1).astype(bool)
     i, j = np.where(odd, i, j), np.where(odd, j, i)
     scores, i, j = rescore.scored(*(side, side, i, j), chosen.metric, chosen.each)
-    distinct = i != j
-    return both.ranked(
-        np.concatenate([i, j[distinct]]),
-        np.concatenate([j, i[distinct]]),
-        np.concatenate([scores, scores[distinct]]),
-        side.ids,
-    )
+    # A row's pair with itself counts once.
+    back = np.where(i != j, scores, np.float32(np.nan))
+    return both.ranked([(i, j, scores), (j, i, back)], side.ids)
 
 
 def across(
@@ -100,8 +96,8 @@ def across(
     if both:
         key_side.raise_level(key_level)
     scores, i, j = rescore.scored(*(rows, keys, i, j), chosen.metric, chosen.each)
-    ranked = row_side.ranked(i, j, scores, keys.ids)
-    return ranked, key_side.ranked(j, i, scores, rows.ids) if both else None
+    ranked = row_side.ranked([(i, j, scores)], keys.ids)
+    return ranked, key_side.ranked([(j, i, scores)], rows.ids) if both else None
 
 
 def _or_none(floor: np.ndarray | None, side: panels.Panel) -> np.ndarray:
@@ -274,12 +270,13 @@ class _Search:
         self.keys.give_up(tile.key, np.flatnonzero(of_keys >= most))
 
     def _read(self, tile: _Tile, words: np.ndarray) -> candidates.Candidates:
-        i, j = tile.row * panels.BLOCK + tile.a, tile.key * panels.BLOCK
-        found = candidates.read(words, i, j, self.least, self.step)
+        corner = tile.row * panels.BLOCK + tile.a, tile.key * panels.BLOCK
+        found = candidates.read(words, corner, self.least, self.step)
+        i, j = found.positions()
         rows, keys = len(self.rows.panel.ids), len(self.keys.panel.ids)
-        if i + tile.b - tile.a > rows or j + tile.width > keys:
-            found = found.where((found.i < rows) & (found.j < keys))
+        present = (i < rows) & (j < keys)
         if self.rows is self.keys and tile.row == tile.key:
-            itself = (found.i == found.j) & ~self.alone[found.i]
-            found = found.where((found.i > found.j) | itself)
-        return found
+            itself = i == j
+            itself[itself] = ~self.alone[i[itself]]
+            present &= (i > j) | itself
+        return found if present.all() else found.where(present)

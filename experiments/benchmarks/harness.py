@@ -5,6 +5,9 @@ A contestant that cannot share a process with the others (two OpenMP runtimes) r
 a sibling. Every result is one line of `results.jsonl`.
 """
 
+import atexit
+import contextlib
+import ctypes
 import datetime
 import importlib.metadata
 import json
@@ -69,10 +72,12 @@ class Sibling:
     def __init__(self, prepare: Callable[..., Callable[[], Any]], *args: Any):
         context = multiprocessing.get_context("spawn")
         self.ours, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(theirs, prepare, args), daemon=True
-        )
+        # No daemon: joblib lets those use one processor only.
+        self.process = context.Process(target=_serve, args=(theirs, prepare, args))
         self.process.start()
+        theirs.close()
+        # The end of the pipe ends the sibling, also where an error ends this process.
+        atexit.register(self.ours.close)
         self.ours.recv()
 
     def __call__(self) -> Any:
@@ -88,22 +93,30 @@ class Sibling:
 def _serve(pipe: Any, prepare: Callable[..., Callable[[], Any]], args: tuple) -> None:
     call = prepare(*args)
     pipe.send(True)
-    while pipe.recv():
-        pipe.send(call())
+    with contextlib.suppress(EOFError):
+        while pipe.recv():
+            pipe.send(call())
 
 
-def peak_rise(prepare: Callable[..., Callable[[], Any]], *args: Any) -> float:
-    """Peak memory in MiB that the first call adds, in a process of its own."""
+def peak_rises(
+    prepare: Callable[..., Callable[[], Any]], *args: Any
+) -> tuple[float, float]:
+    """Peak memory in MiB that a first and a later call add, in a process of their own.
+
+    The first call compiles, and what compilers keep counts for it.
+    """
     sibling = Sibling(_watched, prepare, *args)
-    rise = sibling()
+    rises = sibling(), sibling()
     sibling.close()
-    return rise
+    return rises
 
 
 def _watched(prepare: Callable[..., Callable[[], Any]], *args: Any):
     call = prepare(*args)
 
     def rise() -> float:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
         # Writing 5 resets the peak that the kernel keeps of this process.
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
