@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import ctypes
 import datetime
+import gc
 import importlib.metadata
 import json
 import multiprocessing
@@ -115,6 +116,7 @@ def _watched(prepare: Callable[..., Callable[[], Any]], *args: Any):
     call = prepare(*args)
 
     def rise() -> float:
+        gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         # Writing 5 resets the peak that the kernel keeps of this process.
