@@ -82,7 +82,7 @@ def select(
             padded[row[here][fits] - first, place[fits]] = rank[here][fits]
             filled, at = filled + counts, at + size
         best[first:last] = smallest(padded, k)
-        for one in first + np.flatnonzero(crowd > width):
+        for one in (first + np.flatnonzero(crowd > width)).tolist():
             best[one] = smallest(ranks_of(one, one + 1)[1][None], k)[0]
 
     consume(each(chunk, range(0, rows, _CHUNK)))
