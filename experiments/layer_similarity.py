@@ -13,12 +13,22 @@ Debiased linear CKA (Kornblith et al., 2019; Nguyen et al., 2021), 0 for unrelat
 for equal arrangements, and the share of the 10 nearest texts that two spaces have in
 common: layer by layer within a model and between models (texts of the first language),
 and language by language at every layer of --model. A text's vector is the mean of its
-tokens' vectors; layer 0 is the input embedding.
+tokens' vectors; layer 0 is the input embedding. Mantel's test asks of every layer
+whether languages that lie close together (cosine of their mean vectors) also arrange
+the texts alike (CKA): a correlation over pairs of languages, p by relabelling them.
 """
 
 import numpy as np
 
-from jaxling import kernels, labelled_text, models, neighborhoods, parallel_text
+from jaxling import (
+    checkpoints,
+    kernels,
+    labelled_text,
+    models,
+    neighborhoods,
+    parallel_text,
+    retrieval,
+)
 from jaxling.report import plots, tables
 
 from . import common
@@ -35,8 +45,15 @@ def main(argv: list[str]) -> None:
         texts = parallel_text.read_parallel(common.PARALLEL.value, languages, most)
     else:
         texts = parallel_text.demo_parallel(languages, most)
+    if len(texts.items) < 4:
+        raise ValueError(
+            "At least 4 texts that all languages have are needed for a debiased CKA;"
+            f" got {len(texts.items)}: see --per_language and --languages."
+        )
     names = list(dict.fromkeys([common.MODEL.value, *common.MODELS.value]))
     k = min(common.K.value or _K, len(texts.items) - 1)
+    for i, name in enumerate(names):  # before anything is computed
+        _check(name, common.REVISION.value if i == 0 else None)
     run = common.begin("layer_similarity", {"items": texts.items})
     first, *others = list(texts.texts)
     own = _spaces(names[0], common.REVISION.value, texts)
@@ -51,13 +68,13 @@ def main(argv: list[str]) -> None:
     tables.write_parquet(
         run.workdir / "similarity.parquet", {f: [r[f] for r in rows] for f in rows[0]}
     )
-    depth = len(own[first])
-    lines = [[i, by_layer["cka"][i], by_layer["neighbors"][i]] for i in range(depth)]
-    header = ["layer", "CKA of languages", f"{k} nearest shared"]
+    depth, n = len(own[first]), len(texts.items)
+    lines = [[i, *(column[i] for column in by_layer.values())] for i in range(depth)]
+    header = ["layer", "CKA of languages", f"{k} nearest shared", "Mantel r", "p"]
     print(tables.format_table(header, lines))
     plots.save_curves(
         run.workdir / "languages_by_layer.png",
-        ["debiased CKA", f"{k} nearest shared"],
+        ["debiased CKA", f"{k} nearest shared (chance {k / (n - 1):.0%})"],
         [by_layer["cka"], by_layer["neighbors"]],
         title=f"Mean over pairs of {1 + len(others)} languages",
         x_label="layer",
@@ -66,6 +83,11 @@ def main(argv: list[str]) -> None:
         run, {"items": len(texts.items), "languages_by_layer": by_layer, "k": k}
     )
     print(f"\nTable and pictures are in {run.workdir}.")
+
+
+def _check(name, revision) -> None:
+    models.family_of(checkpoints.open_checkpoint(name, revision).config, name)
+    labelled_text.load_tokenizer(name, revision)
 
 
 def _spaces(name, revision, texts):
@@ -135,7 +157,25 @@ def _languages(workdir, spaces, k, rows) -> dict[str, list[float]]:
         title=f"Debiased CKA of languages at layer {best}",
         limits=(0, 1),
     )
-    return {"cka": means[0].tolist(), "neighbors": means[1].tolist()}
+    tests = [_mantel(spaces, grids[0, layer], layer) for layer in range(depth)]
+    return {
+        "cka": means[0].tolist(),
+        "neighbors": means[1].tolist(),
+        "mantel": [test.correlation for test in tests],
+        "mantel_p": [test.p_value for test in tests],
+    }
+
+
+def _mantel(spaces, cka, layer) -> retrieval.Mantel:
+    """Closeness of languages against likeness; NaN for two, or without their means."""
+    centroids = np.stack([space[layer].mean(0) for space in spaces.values()])
+    if len(centroids) < 3 or common.CENTER.value:
+        return retrieval.Mantel(np.nan, np.nan)
+    likeness = np.where(np.eye(len(cka), dtype=bool), 1, cka)
+    closeness = retrieval.language_similarity(centroids)
+    return retrieval.mantel(
+        closeness, likeness, permutations=999, seed=common.SEED.value
+    )
 
 
 def _row(between, pair, layers, cka, shared) -> dict:

@@ -79,6 +79,10 @@ def _lexicons():
         return {("source", "target"): tuple(read)}
     chosen = common.LANGUAGES.value or list(demo.LANGUAGES)
     others = [language for language in chosen if language != "eng"]
+    if unknown := sorted(set(chosen) - set(demo.LANGUAGES)):
+        raise ValueError(f"No language {unknown}; there are {list(demo.LANGUAGES)}.")
+    if not others:
+        raise ValueError(f"--languages must name one besides eng; got {chosen}.")
     ordered = [p for other in others for p in (("eng", other), (other, "eng"))]
     return {
         pair: tuple(demo.lexicon(*pair, split) for split in ("train", "test"))
@@ -96,7 +100,15 @@ def _asked(pair, train, test, tokenizer, matrix) -> list[dict]:
 
     def rows_of(pairs):
         at = [(place[0][a], place[1][b]) for a, b in pairs]
-        return np.array([p for p in at if has[0][p[0]] and has[1][p[1]]])
+        kept = [p for p in at if has[0][p[0]] and has[1][p[1]]]
+        return np.array(kept, int).reshape(-1, 2)
+
+    learnt = rows_of(train)
+    if not len(learnt):
+        raise ValueError(
+            f"{' to '.join(pair)}: of {len(train)} training pairs none has a vector on"
+            " both sides, so that no map can be fitted."
+        )
 
     gold: dict[int, set[int]] = {}
     for a, b in rows_of(test):
@@ -104,11 +116,9 @@ def _asked(pair, train, test, tokenizer, matrix) -> list[dict]:
     asked = sorted(gold)
     results = []
     for kind in retrieval.MAPS:
-        mapped = source @ retrieval.fit_map(kind, source, target, rows_of(train))
+        mapped = source @ retrieval.fit_map(kind, source, target, learnt)
         for method in retrieval.METHODS:
-            lists = retrieval.translate(
-                mapped, target, k=min(10, len(target)), method=method
-            )
+            lists = retrieval.translate(mapped, target, k=10, method=method)
             scores = retrieval.evaluate_induction(
                 np.asarray(lists.indices)[asked],
                 asked,
@@ -125,7 +135,7 @@ def _asked(pair, train, test, tokenizer, matrix) -> list[dict]:
                     "mrr": scores.mrr,
                     "coverage": scores.coverage,
                     "words": scores.words,
-                    "candidates": len(target),
+                    "candidates": int(has[1].sum()),
                 }
             )
     return results

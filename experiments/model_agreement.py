@@ -16,7 +16,8 @@ https://arxiv.org/abs/2311.18034). For every token that all models have, its 100
 is in per cent of the list. The band of chance, which the paper lacks, is what remains
 when one model's tokens are relabelled at random: hubs stay hubs. The angle is the
 cosine of the smallest principal angle between the column spaces, an upper bound on all
-others; --center subtracts the mean row first (the paper does not say).
+others; --center subtracts the mean row first (the paper does not say). It is 1 by
+necessity where two spaces have more columns together than there are shared tokens.
 """
 
 import itertools
@@ -44,7 +45,8 @@ def main(argv: list[str]) -> None:
         raise ValueError("At least two different models are needed: see --models.")
     revisions = [common.REVISION.value, *(None for _ in models[1:])]
     opened = [checkpoints.open_checkpoint(*pair) for pair in zip(models, revisions)]
-    names = [checkpoint.input_embeddings() for checkpoint in opened]
+    tensors = [common.TENSOR.value, *(None for _ in models[1:])]
+    names = [one.input_embeddings(tensor) for one, tensor in zip(opened, tensors)]
     words = [vocabulary.load_vocabulary(*pair) for pair in zip(models, revisions)]
     others = [vocabulary.load_vocabulary(other) for other in common.SHARED_WITH.value]
     ids = vocabulary.shared_tokens(*words, *others)[: len(models)]
@@ -78,6 +80,9 @@ def main(argv: list[str]) -> None:
         model: float(_angles(space, noise)[0]) for model, space in zip(models, spaces)
     }
     _report(run.workdir, models, rows, baseline, k)
+    widest = 2 * max(space.shape[1] for space in spaces)
+    if ids.shape[1] < widest:
+        print(f"With fewer than {widest:,} shared tokens angles may say nothing.")
     print(f"\n{ids.shape[1]:,} shared tokens; tables and pictures in {run.workdir}.")
     common.finish(
         run,
@@ -147,7 +152,13 @@ def _report(workdir, models, rows, baseline, k) -> None:
             [row["chance_percent"] for row in rows],
         ],
         series=["shared", "by chance"],
-        title="Shared neighbours against chance",
+        errors=np.array(
+            [
+                [0.0 for _ in rows],
+                [(row["chance_high"] - row["chance_low"]) / 2 for row in rows],
+            ]
+        ),
+        title=f"Shared neighbours against {_PERMUTATIONS.value} relabellings",
         value_label=f"% of {k}",
     )
 

@@ -34,11 +34,14 @@ def read_parallel(
     """
     path = pathlib.Path(path)
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            lines = file.read().splitlines()
+        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
+            # Not splitlines: a text may hold U+2028 and its like.
+            lines = file.read().removesuffix("\n").split("\n")
     except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{path} is not a TSV in UTF-8: {error}.") from None
-    header = lines[0].split("\t") if lines else []
+    header = lines[0].split("\t")
+    if len(set(header)) < len(header):
+        raise ValueError(f"{path} names a column twice: {header}.")
     chosen = list(languages) or header[1:]
     unknown = sorted(set(chosen) - set(header[1:]))
     if unknown:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import scipy.cluster.hierarchy
-import scipy.spatial.distance
 
 from jaxling import kernels
 
@@ -27,13 +26,16 @@ def word_vectors(
 
     Args:
       tokenizer: one of transformers; words are encoded behind a space, without special
-        tokens. A word without tokens has a zero vector.
+        tokens. Unknown tokens, and those beyond the matrix, do not count; a word that
+        has no others has a zero vector.
       matrix: `[vocab, d]` embeddings.
       words: any strings.
     """
     encoded = tokenizer([" " + word for word in words], add_special_tokens=False)
+    unknown = getattr(tokenizer, "unk_token_id", None)
     vectors = np.zeros((len(words), matrix.shape[1]), np.float32)
     for row, ids in enumerate(encoded["input_ids"]):
+        ids = [token for token in ids if token != unknown and token < len(matrix)]
         if ids:
             vectors[row] = np.asarray(matrix[ids], np.float32).mean(0)
     return vectors
@@ -42,10 +44,13 @@ def word_vectors(
 def aligned(vectors: np.ndarray) -> np.ndarray:
     """Rows at length one, then centred, then at length one again, float32.
 
-    The preprocessing of Artetxe et al., 2018, https://aclanthology.org/P18-1073.
+    The preprocessing of Artetxe et al., 2018, https://aclanthology.org/P18-1073. Zero
+    rows, words without a vector, stay zero and do not move the mean.
     """
     rows = _unit(vectors)
-    return _unit(rows - rows.mean(0))
+    there = np.any(rows != 0, axis=1, keepdims=True)
+    mean = rows.sum(0) / max(there.sum(), 1)
+    return _unit((rows - mean) * there)
 
 
 def fit_map(kind: str, source: np.ndarray, target: np.ndarray, pairs: np.ndarray):
@@ -100,7 +105,9 @@ def translate(
       inverse_temperature: of the inverted softmax.
 
     Returns:
-      `Neighbors`: scores and indices `[n, k]`, best first; -1 and NaN at empty slots.
+      `Neighbors`: scores and indices `[n, k]`, best first; -1 and NaN at empty slots:
+      beyond the last target, and in the rows of zero vectors, which are nobody's
+      translation either.
 
     Raises:
       ValueError: an unknown method, or arguments that do not fit.
@@ -133,13 +140,20 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return np.asarray(kernels.numerics.unit(jnp.asarray(x)))
 
 
+def _valid(rows: np.ndarray) -> np.ndarray:
+    """Zero rows, which have no cosine, as NaN: no inner product makes them anyone's."""
+    return np.where(np.any(rows != 0, axis=1, keepdims=True), rows, np.nan)
+
+
 def _inverted_softmax(source, target, n, m, k, inverse_temperature):
     """One inner product: the normaliser of each target is one more column."""
-    x, y = _unit(source), _unit(target)
-    normaliser = kernels.reduce_scores(
-        inverse_temperature * y[:m], x[:n], (kernels.log_sum_exp(),)
-    )[0]
-    normaliser = np.pad(np.asarray(normaliser, np.float32), (0, len(y) - m))[:, None]
+    x, y = (_valid(_unit(side)) for side in (source, target))
+    asked = x[:n][np.isfinite(x[:n]).all(axis=1)]
+    normaliser = np.full((len(y), 1), np.nan, np.float32)
+    if len(asked):
+        normaliser[:m, 0] = kernels.reduce_scores(
+            inverse_temperature * np.nan_to_num(y[:m]), asked, (kernels.log_sum_exp(),)
+        )[0]
     left = np.concatenate([inverse_temperature * x, -np.ones_like(x[:, :1])], 1)
     return kernels.nearest_neighbors(
         left, np.concatenate([y, normaliser], 1), k=k, metric="dot"
@@ -281,18 +295,25 @@ def language_centroids(vectors: np.ndarray, languages: Sequence[str]) -> np.ndar
     return np.stack([vectors[names == name].mean(0) for name in sorted(set(languages))])
 
 
+def language_similarity(centroids: np.ndarray) -> np.ndarray:
+    """Cosines of language centroids `[g, g]`; NaN where one is zero."""
+    length = np.linalg.norm(centroids, axis=1, keepdims=True)
+    rows = centroids / np.where(length > 0, length, np.nan)
+    return np.clip(rows @ rows.T, -1, 1)
+
+
 def cluster_languages(
     centroids: np.ndarray, clusters: int, *, method: str = "average"
 ) -> np.ndarray:
     """Hierarchical clusters of centroids by cosine distance: labels `[g]` from 0.
 
     Args:
-      centroids: `[g, d]`, none of them zero.
+      centroids: `[g, d]`, at least two, none of them zero.
       clusters: how many; fewer come back where the tree cannot be cut so.
       method: linkage, as in `scipy.cluster.hierarchy.linkage`.
     """
-    distances = scipy.spatial.distance.pdist(centroids, "cosine")
-    tree = scipy.cluster.hierarchy.linkage(np.maximum(distances, 0), method)
+    apart = 1 - language_similarity(centroids)[np.triu_indices(len(centroids), 1)]
+    tree = scipy.cluster.hierarchy.linkage(apart, method)
     labels = scipy.cluster.hierarchy.fcluster(tree, clusters, "maxclust")
     return np.unique(labels, return_inverse=True)[1]
 

@@ -38,6 +38,13 @@ else:
     from .classification import predict as predict
     from .cross_entropy import CrossEntropy as CrossEntropy
     from .cross_entropy import cross_entropy as cross_entropy
+    from .isomorphism import econd_hm as econd_hm
+    from .isomorphism import eigenvector_similarity as eigenvector_similarity
+    from .isomorphism import h0_bottleneck as h0_bottleneck
+    from .isomorphism import relational_similarity as relational_similarity
+    from .isomorphism import singular_value_gap as singular_value_gap
+    from .isomorphism import spanning_tree as spanning_tree
+    from .isomorphism import spectrum as spectrum
     from .lockstep import LogisticFit as LogisticFit
     from .logistic import fit_logistic as fit_logistic
     from .neighbors import Neighbors as Neighbors
@@ -78,12 +85,5 @@ else:
     from .ridge import ridge_path as ridge_path
     from .subspaces import cka_grid as cka_grid
     from .subspaces import debiased_linear_cka as debiased_linear_cka
-    from .subspaces import econd_hm as econd_hm
-    from .subspaces import eigenvector_similarity as eigenvector_similarity
-    from .subspaces import h0_bottleneck as h0_bottleneck
     from .subspaces import linear_cka as linear_cka
     from .subspaces import principal_angles as principal_angles
-    from .subspaces import relational_similarity as relational_similarity
-    from .subspaces import singular_value_gap as singular_value_gap
-    from .subspaces import spanning_tree as spanning_tree
-    from .subspaces import spectrum as spectrum

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -18,7 +19,8 @@ def procrustes(x: ArrayLike, y: ArrayLike) -> Array:
         argmin_{W^T W = I} |x W - y|_F = U V^T,  U S V^T = svd(x^T y)
 
     Schonemann, 1966. Equals `scipy.linalg.orthogonal_procrustes(x, y)[0]`. Where
-    `x^T y` is rank deficient the map is one of many optimal ones.
+    `x^T y` is rank deficient the map is one of many optimal ones, and what they do
+    not share has a gradient of zero.
 
     Args:
       x: `[..., n, d]`; leading axes are a batch of pairs.
@@ -28,7 +30,7 @@ def procrustes(x: ArrayLike, y: ArrayLike) -> Array:
       `[..., d, d]`, float32 (float64 where enabled and given).
 
     Raises:
-      ValueError: the shapes differ or have fewer than two axes.
+      ValueError: the shapes differ, are empty or have fewer than two axes.
     """
     x, y = _pair("procrustes", x, y)
     if x.shape[-1] != y.shape[-1]:
@@ -37,8 +39,30 @@ def procrustes(x: ArrayLike, y: ArrayLike) -> Array:
             f" got {x.shape[-1]} and {y.shape[-1]}."
         )
     product = jnp.einsum("...nd,...ne->...de", x, y, precision="highest")
-    u, _, vt = jnp.linalg.svd(product, full_matrices=False)
+    return _polar(product)
+
+
+@jax.custom_jvp
+def _polar(a: Float[Array, "... d d"]) -> Float[Array, "... d d"]:
+    """The orthogonal factor U V^T of `a = U S V^T`."""
+    u, _, vt = jnp.linalg.svd(a, full_matrices=False)
     return jnp.matmul(u, vt, precision="highest")
+
+
+@_polar.defjvp
+def _polar_tangent(primals, tangents):
+    """U [(P - P^T)_ij / (s_i + s_j)] V^T with P = U^T da V.
+
+    Exists wherever `a` has full rank. The derivative of the SVD itself divides by
+    differences of singular values, and is lost where two of them are close.
+    """
+    u, s, vt = jnp.linalg.svd(primals[0], full_matrices=False)
+    with jax.default_matmul_precision("highest"):
+        p = jnp.swapaxes(u, -1, -2) @ tangents[0] @ jnp.swapaxes(vt, -1, -2)
+        sums = s[..., :, None] + s[..., None, :]
+        known = sums > 2 * s[..., :1, None] * s.shape[-1] * jnp.finfo(s.dtype).eps
+        turn = (p - jnp.swapaxes(p, -1, -2)) / jnp.where(known, sums, 1.0)
+        return u @ vt, u @ jnp.where(known, turn, 0.0) @ vt
 
 
 def ridge_map(x: ArrayLike, y: ArrayLike, *, l2: ArrayLike = 0.0) -> Array:
@@ -50,22 +74,52 @@ def ridge_map(x: ArrayLike, y: ArrayLike, *, l2: ArrayLike = 0.0) -> Array:
       x: `[..., n, d]`; leading axes are a batch of pairs.
       y: `[..., n, e]`.
       l2: penalty, a number or `[...]` one for each pair; 0 gives least squares, of
-        least norm where that is not unique.
+        least norm where that is not unique. Without a penalty the gradient is right
+        where `x` has full rank.
 
     Returns:
       `[..., d, e]`.
 
     Raises:
-      ValueError: the row counts differ.
+      ValueError: the row counts differ, a side is empty, or a penalty is negative.
     """
     x, y = _pair("ridge_map", x, y)
-    l2 = jnp.asarray(l2, x.dtype)[..., None, None]
-    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    if not isinstance(l2, jax.core.Tracer) and not np.all(np.asarray(l2) >= 0):
+        raise ValueError(f"`l2` must be at least 0; got {np.min(l2)}.")
+    return _ridge_map(x, y, jnp.asarray(l2, x.dtype)[..., None, None])
+
+
+@jax.jit
+def _ridge_map(x, y, l2):
+    n, d = x.shape[-2:]
+    u, s, vt = jnp.linalg.svd(lax.stop_gradient(x), full_matrices=False)
     s = s[..., None]
-    tolerance = s[..., :1, :] * max(x.shape[-2:]) * jnp.finfo(x.dtype).eps
-    shrink = jnp.where(s > tolerance, s / (jnp.where(s > 0, s * s, 1.0) + l2), 0.0)
+    held = s > lax.stop_gradient(numerics.rounding_floor(x))[..., None, None]
+    shrink = jnp.where(held, s / (jnp.where(s > 0, s * s, 1.0) + l2), 0.0)
+    # The equations below are solved by this W, so that a Newton step changes nothing
+    # but carries the derivative of the solution, whatever the singular values are.
+    wide = n < d
+    basis = u if wide else jnp.swapaxes(vt, -1, -2)
+    square = jnp.where(held | (l2 > 0), s * s + l2, jnp.inf)
     with jax.default_matmul_precision("highest"):
-        return jnp.swapaxes(vt, -1, -2) @ (shrink * (jnp.swapaxes(u, -1, -2) @ y))
+        dual = jnp.swapaxes(u, -1, -2) @ lax.stop_gradient(y)
+        w = jnp.swapaxes(vt, -1, -2) @ (lax.stop_gradient(shrink) * dual)
+
+        def newton(residual):
+            change = residual - lax.stop_gradient(residual)
+            inverse = lax.stop_gradient(square)
+            return basis @ ((jnp.swapaxes(basis, -1, -2) @ change) / inverse)
+
+        xt = jnp.swapaxes(x, -1, -2)
+        if not wide:
+            return w + newton(xt @ (y - x @ w) - l2 * w)
+        # w = x^T a, (x x^T + l2 I) a = y
+        a = lax.stop_gradient(u @ (dual / square))
+        return (
+            w
+            + (xt - lax.stop_gradient(xt)) @ a
+            + (lax.stop_gradient(xt) @ newton(y - x @ (xt @ a) - l2 * a))
+        )
 
 
 class Rcsls(NamedTuple):
@@ -91,31 +145,28 @@ def rcsls_loss(
 
     N_k(x_i W): the k rows of `target` with the largest inner product; N_k(y_i): the k
     rows z of `source` whose images z W have the largest. Rows are expected to have
-    length one. Joulin et al., 2018, https://arxiv.org/abs/1804.07745, eq. 4.
-    Differentiable in `w`.
+    length one. Joulin et al., 2018, https://arxiv.org/abs/1804.07745, eq. 4. The
+    gradient is that of the sum over the neighbours as they are: a subgradient, as the
+    paper takes it. Scores are held for 256 pairs at a time.
 
     Args:
-      w: `[d, e]`; rows are mapped as `x @ w`.
-      x: `[n, d]`, y: `[n, e]`: the pairs.
-      source: `[p, d]`, target: `[q, e]`: where neighbours are sought.
+      w: `[..., d, e]`; rows are mapped as `x @ w`. Leading axes are a batch of pairs
+        of spaces, in every argument.
+      x: `[..., n, d]`, y: `[..., n, e]`: the pairs.
+      source: `[..., p, d]`, target: `[..., q, e]`: where neighbours are sought.
       k: neighbours.
 
     Returns:
-      The loss, a scalar.
+      The loss, `[...]`.
 
     Raises:
-      ValueError: `k` exceeds the rows of `source` or `target`.
+      ValueError: shapes do not fit, or `k` exceeds the rows of `source` or `target`.
     """
-    w, x, y, source, target = map(numerics.widened, (w, x, y, source, target))
-    most = min(source.shape[0], target.shape[0])
-    if not 1 <= k <= most:
-        raise ValueError(f"`k` must be in [1, {most}], the candidate rows; got {k}.")
-    with jax.default_matmul_precision("highest"):
-        mapped = x @ w
-        own = 2 * jnp.sum(mapped * y, 1)
-        forward = lax.top_k(mapped @ target.T, k)[0].mean(1)
-        backward = lax.top_k(y @ (source @ w).T, k)[0].mean(1)
-    return jnp.mean(forward + backward - own)
+    sides = _spaces("rcsls_loss", x, y, source, target, k)
+    w = numerics.widened(w)
+    _check_map("w", w, x=sides[0], y=sides[1])
+    loss = functools.partial(_rcsls_loss, k=k)
+    return jnp.vectorize(loss, signature=f"(d,e),{_SIDES}->()")(w, *sides)
 
 
 def rcsls(
@@ -135,39 +186,72 @@ def rcsls(
     Starts from `procrustes(x, y)`, takes full-batch subgradient steps, and after a
     step that raised the loss goes back to the map before it with half the rate. With
     `spectral` every step is followed by clipping the map's singular values to [0, 1],
-    the convex hull of the orthogonal maps. Joulin et al., 2018,
-    https://arxiv.org/abs/1804.07745, section 3.
+    the convex hull of the orthogonal maps; without it the loss has no lower bound, and
+    the number of steps is what limits the map. Joulin et al., 2018,
+    https://arxiv.org/abs/1804.07745, section 3. Their script, fastText's
+    `alignment/align.py`, means to go back as well, but steps in place and so only
+    halves the rate; where no step raises the loss the two do the same.
 
     Args:
-      x, y, source, target, k: as in `rcsls_loss`; `vmap` gives a batch of pairs.
+      x, y, source, target, k: as in `rcsls_loss`.
       steps: gradient steps.
       learning_rate: of the first step.
       spectral: project after each step.
-      initial: `[d, e]`, instead of the Procrustes map.
+      initial: `[..., d, e]`, instead of the Procrustes map.
 
     Returns:
-      The map `[d, e]` of the lowest loss seen, and the loss before each step and
-      after the last, `[steps + 1]`.
+      The map `[..., d, e]` of the lowest loss seen, and the loss before each step and
+      after the last, `[..., steps + 1]`.
 
     Raises:
-      ValueError: shapes do not fit, or `k` is out of range.
+      ValueError: shapes do not fit, `k` or `steps` is out of range, or there is no
+        `initial` between spaces of different widths.
     """
-    x, y = _pair("rcsls", x, y)
+    sides = _spaces("rcsls", x, y, source, target, k)
+    if steps < 0 or not learning_rate > 0:
+        raise ValueError(
+            "`steps` must be at least 0 and `learning_rate` more;"
+            f" got {steps} and {learning_rate}."
+        )
+    x, y = sides[:2]
     start = procrustes(x, y) if initial is None else numerics.widened(initial)
-    return _rcsls(
-        start,
-        *(x, y, numerics.widened(source), numerics.widened(target)),
-        learning_rate,
-        k,
-        steps,
-        spectral,
+    _check_map("initial", start, x=x, y=y)
+    descend = functools.partial(
+        _rcsls, learning_rate=learning_rate, k=k, steps=steps, spectral=spectral
     )
+    signature = f"(d,e),{_SIDES}->(d,e),(t)"
+    return Rcsls(*jnp.vectorize(descend, signature=signature)(start, *sides))
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8))
-def _rcsls(start, x, y, source, target, learning_rate, k, steps, spectral):
+_SIDES = "(n,d),(n,e),(p,d),(q,e)"
+_TILE = 256  # pairs whose scores are held together
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _rcsls_loss(w, x, y, source, target, *, k):
+    with jax.default_matmul_precision("highest"):
+        mapped = x @ w
+        own = 2 * jnp.sum(mapped * y, 1)
+        forward = jnp.sum(mapped * _center_of_nearest(mapped, target, k), 1)
+        backward = jnp.sum(y * _center_of_nearest(y, source @ w, k), 1)
+    return jnp.mean(forward + backward - own)
+
+
+def _center_of_nearest(rows, keys, k):
+    """Mean of the k keys with the largest inner product; the choice is a constant."""
+    fixed_rows, fixed_keys = lax.stop_gradient((rows, keys))
+
+    def nearest(row):
+        return lax.top_k(fixed_keys @ row, k)[1]
+
+    indices = lax.map(nearest, fixed_rows, batch_size=_TILE)
+    return keys[indices].mean(1)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "steps", "spectral"))
+def _rcsls(start, x, y, source, target, *, learning_rate, k, steps, spectral):
     def loss(w):
-        return rcsls_loss(w, x, y, source, target, k=k)
+        return _rcsls_loss(w, x, y, source, target, k=k)
 
     def step(state, _):
         w, best, best_loss, best_gradient, rate = state
@@ -187,7 +271,7 @@ def _rcsls(start, x, y, source, target, learning_rate, k, steps, spectral):
     state = (start, start, infinite, jnp.zeros_like(start), rate)
     (w, best, best_loss, _, _), losses = lax.scan(step, state, None, length=steps)
     last = loss(w)
-    return Rcsls(jnp.where(last < best_loss, w, best), jnp.append(losses, last))
+    return jnp.where(last < best_loss, w, best), jnp.append(losses, last)
 
 
 def _clip_singular_values(w: Float[Array, "d e"]) -> Float[Array, "d e"]:
@@ -197,9 +281,34 @@ def _clip_singular_values(w: Float[Array, "d e"]) -> Float[Array, "d e"]:
 
 def _pair(operation: str, x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
     x, y = numerics.widened(x), numerics.widened(y)
-    if min(x.ndim, y.ndim) < 2 or x.shape[-2] != y.shape[-2]:
+    flat = min(x.ndim, y.ndim) < 2
+    if flat or x.shape[-2] != y.shape[-2] or 0 in x.shape[-2:] + y.shape[-2:]:
         raise ValueError(
-            f"{operation} needs paired rows, [..., n, d] and [..., n, e];"
+            f"{operation} needs paired rows, [..., n, d] and [..., n, e], not empty;"
             f" got shapes {tuple(x.shape)} and {tuple(y.shape)}."
         )
     return x, y
+
+
+def _spaces(operation, x, y, source, target, k) -> tuple[Array, ...]:
+    x, y = _pair(operation, x, y)
+    source, target = numerics.widened(source), numerics.widened(target)
+    for name, side, pairs in (("source", source, x), ("target", target, y)):
+        if side.ndim < 2 or side.shape[-1] != pairs.shape[-1]:
+            raise ValueError(
+                f"`{name}` must be rows of width {pairs.shape[-1]}, as its side of the"
+                f" pairs; got shape {tuple(side.shape)}."
+            )
+    most = min(source.shape[-2], target.shape[-2])
+    if not 1 <= k <= most:
+        raise ValueError(f"`k` must be in [1, {most}], the candidate rows; got {k}.")
+    dtype = jnp.result_type(x, y, source, target)
+    return tuple(side.astype(dtype) for side in (x, y, source, target))
+
+
+def _check_map(name: str, w: Array, *, x: Array, y: Array) -> None:
+    if w.shape[-2:] != (x.shape[-1], y.shape[-1]):
+        raise ValueError(
+            f"`{name}` must be [..., {x.shape[-1]}, {y.shape[-1]}], from the width of"
+            f" `x` to that of `y`; got shape {tuple(w.shape)}."
+        )

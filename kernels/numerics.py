@@ -56,3 +56,23 @@ def widened(x: ArrayLike) -> Array:
     """`x` as an array of at least float32; float64 stays where it is enabled."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def centered(x: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
+    """Rows minus their mean; exactly zero where all rows are equal.
+
+    The first row is taken away before the mean is: the difference of close numbers is
+    exact, their sum is not.
+    """
+    x = x - x[..., :1, :]
+    return x - x.mean(-2, keepdims=True)
+
+
+def rounding_floor(x: Float[Array, "... n d"]) -> Float[Array, "..."]:
+    """Singular values up to here may be the rounding of a zero: 10 eps |x|_F.
+
+    For `x` as it was before centring, whose rounding stays. Matrices of 50 x 4 to
+    30,000 x 256 with one column too many left 0.02 to 1.4 eps |x| in its place.
+    """
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), (-2, -1)))
+    return 10 * jnp.finfo(x.dtype).eps * norm

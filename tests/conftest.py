@@ -22,6 +22,17 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
+def float64():
+    """The test runs with float64 enabled."""
+    try:
+        from jax.experimental import enable_x64 as enable
+    except ImportError:
+        from jax import enable_x64 as enable
+    with enable(True):
+        yield
+
+
+@pytest.fixture
 def agree(record_property):
     """Asserts that arrays agree, and records by how much they differ.
 

@@ -71,3 +71,59 @@ def cross_entropy(hidden, matrix, targets, weights, bias=None, softcap=None):
         logits = softcap * np.tanh(logits / softcap)
     log_sum = np.logaddexp.reduce(logits, axis=1)
     return np.sum(w * (log_sum - logits[np.arange(len(h)), targets]))
+
+
+def rcsls(w, x, y, source, target, k):
+    """Loss and subgradient of relaxed CSLS, one translation pair after the other."""
+    w, x, y, source, target = (
+        np.asarray(a, np.float64) for a in (w, x, y, source, target)
+    )
+    loss, gradient = 0.0, np.zeros_like(w)
+    for a, b in zip(x, y):
+        near = target[np.argsort(-(target @ (a @ w)), kind="stable")[:k]]
+        back = source[np.argsort(-(source @ w @ b), kind="stable")[:k]]
+        loss -= 2 * a @ w @ b - (near @ (a @ w)).mean() - (back @ w @ b).mean()
+        gradient -= 2 * np.outer(a, b)
+        gradient += np.outer(a, near.mean(axis=0)) + np.outer(back.mean(axis=0), b)
+    return loss / len(x), gradient / len(x)
+
+
+def rcsls_descent(start, x, y, source, target, k, steps, rate, spectral):
+    """The maps and losses of every step: down the subgradient, into the spectral ball
+    (singular values cut to [0, 1]) if asked for, and from the best map with half the
+    rate after a loss that rose. Joulin et al., 2018, section 3."""
+    w, best, losses, maps = np.asarray(start, np.float64), None, [], []
+    for step in range(steps + 1):
+        loss, gradient = rcsls(w, x, y, source, target, k)
+        losses.append(loss)
+        maps.append(w)
+        if best is None or loss <= best[0]:
+            best = loss, w, gradient
+        else:
+            rate /= 2
+        if step == steps:
+            break
+        w = best[1] - rate * best[2]
+        if spectral:
+            u, s, vt = np.linalg.svd(w)
+            sigma = np.zeros(w.shape)
+            np.fill_diagonal(sigma, np.clip(s, 0, 1))
+            w = u @ sigma @ vt
+    return np.array(losses), maps
+
+
+def rcsls_script(start, x, y, source, target, k, steps, rate, spectral):
+    """The same as fastText's script has it: the rate alone follows the losses."""
+    w, losses = np.array(start, np.float64), []
+    before = None
+    for _ in range(steps + 1):
+        loss, gradient = rcsls(w, x, y, source, target, k)
+        losses.append(loss)
+        w = w - rate * gradient
+        if spectral and (before is None or loss <= before):
+            u, s, vt = np.linalg.svd(w, full_matrices=False)
+            w = u @ np.diag(np.minimum(s, 1)) @ vt
+        if before is not None and loss > before:
+            rate, loss = rate / 2, before
+        before = loss
+    return np.array(losses)

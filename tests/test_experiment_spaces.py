@@ -62,6 +62,62 @@ def test_sentences_and_layers_of_parallel_text(tmp_path):
     own = [r for r in rows if r["a"] == r["b"] and r["layer_a"] == r["layer_b"]]
     np.testing.assert_allclose([r["debiased_cka"] for r in own], 1, atol=1e-3)
     assert {r["between"] for r in rows} == {"layers", "languages"}
+    by_layer = summary(tmp_path / "b")["languages_by_layer"]
+    assert by_layer["mantel"] == [None] * len(by_layer["cka"])  # two languages
+
+
+def test_closeness_of_languages_is_tested_against_their_likeness(rng):
+    """Three languages at known places, two of which arrange the texts alike."""
+    texts = rng.normal(size=(1, 30, 8))
+    spaces = {"a": texts + 5, "b": texts + 5.1, "c": rng.normal(size=(1, 30, 8)) - 5}
+    cka = np.array([[1, 0.9, 0.1], [0.9, 1, 0.1], [0.1, 0.1, 1]])
+    found = layer_similarity._mantel(spaces, cka, 0)
+    assert found.correlation > 0.99 and 0.2 < found.p_value < 0.5  # 2 of 6 relabellings
+
+
+REFUSED = [
+    (lexicon_induction, {"languages": ["eng"]}, "one besides eng"),
+    (lexicon_induction, {"languages": ["eng", "xx"]}, r"No language \['xx'\]"),
+    (lexicon_induction, {"train": "words"}, "--train and --test go together"),
+    (lexicon_induction, {"model": "nowhere/x"}, "nowhere/x"),
+    (model_agreement, {"models": ["/nowhere"]}, "/nowhere"),
+    (model_agreement, {"tensor": "nothing"}, "nothing"),
+    (model_agreement, {"shared_with": ["/nowhere"]}, "/nowhere"),
+    (layer_similarity, {"models": ["/nowhere"]}, "/nowhere"),
+    (layer_similarity, {"per_language": 3}, "At least 4 texts"),
+    (layer_similarity, {"languages": ["eng", "xx"]}, r"No language \['xx'\]"),
+    (layer_similarity, {"parallel": "/nowhere.tsv"}, "/nowhere.tsv"),
+    (sentence_retrieval, {"languages": ["eng"]}, "at least two languages"),
+    (sentence_retrieval, {"parallel": "/nowhere.tsv.xz"}, "/nowhere.tsv.xz"),
+    (sentence_retrieval, {"model": "/nowhere"}, "/nowhere"),
+    (sentence_retrieval, {"revision": "main", "model": "/nowhere"}, "/nowhere"),
+]
+
+
+@pytest.mark.parametrize("experiment, given, message", REFUSED)
+def test_a_bad_flag_is_refused_before_anything_is_written(
+    tmp_path, experiment, given, message
+):
+    with flagsaver.flagsaver(workdir=str(tmp_path / "run"), **given):
+        with pytest.raises((ValueError, OSError), match=message):
+            experiment.main([])
+    assert not (tmp_path / "run").exists()
+
+
+def test_dictionaries_of_muse_are_asked_and_their_gaps_named(tmp_path):
+    train, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    train.write_text("god mungu\nman mtu\nhouse nyumba\n", "utf-8")
+    test.write_text("water maji\nday siku\n", "utf-8")
+    files = {"train": str(train), "test": str(test)}
+    with flagsaver.flagsaver(workdir=str(tmp_path / "run"), **files):
+        lexicon_induction.main([])
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "induction.parquet")
+    assert set(table["candidates"].to_pylist()) == {5}  # fewer than the 10 of P@10
+    assert set(table["p10"].to_pylist()) == {1.0}
+    train.write_text("one two three\n", "utf-8")
+    with flagsaver.flagsaver(workdir=str(tmp_path / "bad"), **files):
+        with pytest.raises(ValueError, match="line 1"):
+            lexicon_induction.main([])
 
 
 def test_parallel_files_are_read_and_refused(tmp_path):
@@ -74,12 +130,18 @@ def test_parallel_files_are_read_and_refused(tmp_path):
         ("id\ten\tde\na\tone\n", "Line 2"),
         ("id\ten\tde\na\tone\teins\n", "1 items"),
         ("", "two languages"),
+        ("id\ten\tde\ten\na\tone\teins\tuno\n", "twice"),
     ]:
         path.write_text(content, "utf-8")
         with pytest.raises(ValueError, match=message):
             parallel_text.read_parallel(path)
     with pytest.raises(ValueError, match=r"\['fr'\]"):
         parallel_text.read_parallel(path, ["fr"])
+    # A byte-order mark, ends of line of Windows, a separator inside of a text.
+    marked = "\ufeffid\ten\tde\r\na\tone\u2028more\teins\r\nb\ttwo\tzwei\r\n"
+    path.write_bytes(marked.encode())
+    found = parallel_text.read_parallel(path, ["en", "de"])
+    assert found.texts["en"] == ["one\u2028more", "two"]
     (tmp_path / "bad.tsv.xz").write_bytes(b"no")
     with pytest.raises(ValueError, match="bad.tsv.xz is not a TSV"):
         parallel_text.read_parallel(tmp_path / "bad.tsv.xz")

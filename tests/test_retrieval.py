@@ -1,8 +1,13 @@
 """Retrieval against dense formulas and planted translations."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial.distance
+import sklearn.cluster
+import sklearn.metrics
 
 from jaxling import retrieval
 
@@ -38,6 +43,41 @@ def test_every_method_orders_by_its_formula(rng, method):
     best = np.take_along_axis(expected, order, 1)
     # Inverse temperature 30 multiplies the float32 rounding of the cosines.
     np.testing.assert_allclose(found.scores, best, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", retrieval.METHODS)
+def test_words_without_a_vector_are_nobodys_translation(rng, method):
+    x, y = (rng.normal(size=(12, 6)).astype("f") for _ in range(2))
+    x[3] = y[[0, 7]] = 0
+    found = retrieval.translate(x, y, k=12, method=method, neighborhood=12)
+    assert (found.indices[3] == -1).all() and np.isnan(found.scores[3]).all()
+    rest = np.delete(found.indices, 3, axis=0)
+    assert not np.isin(rest, [0, 7]).any() and (np.sort(rest, 1)[:, :2] == -1).all()
+    left, right = np.delete(x, 3, axis=0), np.delete(y, [0, 7], axis=0)
+    alone = retrieval.translate(left, right, k=10, method=method, neighborhood=12)
+    kept = np.delete(np.arange(12), [0, 7])
+    np.testing.assert_array_equal(rest[:, :10], kept[alone.indices])
+    np.testing.assert_allclose(
+        np.delete(found.scores, 3, axis=0)[:, :10], alone.scores, atol=1e-5
+    )
+
+
+def test_words_have_the_mean_of_the_tokens_that_are_known():
+    class Tokenizer:
+        unk_token_id = 1
+
+        def __call__(self, words, add_special_tokens):
+            ids = {" ab": [2, 3], " a?": [2, 1], " ?": [1], " ": [], " far": [9]}
+            return {"input_ids": [ids[word] for word in words]}
+
+    matrix = np.arange(8, dtype="f").reshape(4, 2)
+    words = ["ab", "a?", "?", "", "far"]
+    found = retrieval.word_vectors(Tokenizer(), matrix, words)
+    np.testing.assert_array_equal(found, [[5, 6], [4, 5], [0, 0], [0, 0], [0, 0]])
+    rows = retrieval.aligned(found)
+    assert not rows[2:].any()
+    np.testing.assert_allclose(rows[:2].sum(0), 0, atol=1e-6)
+    assert not retrieval.aligned(np.zeros((2, 3))).any()
 
 
 def test_an_unknown_method_is_named(rng):
@@ -110,6 +150,37 @@ def test_languages_of_a_planted_family_cluster(rng):
     centroids = retrieval.language_centroids(np.concatenate(vectors), languages)
     labels = retrieval.cluster_languages(centroids, 2)  # deu, eng, lav, lit
     assert labels[0] == labels[1] != labels[2] == labels[3]
+    similarity = retrieval.language_similarity(centroids)
+    expected = sklearn.metrics.pairwise.cosine_similarity(centroids)
+    np.testing.assert_allclose(similarity, expected, atol=1e-12)
+    assert np.isnan(retrieval.language_similarity(np.eye(3) * [1, 1, 0])[2]).all()
+
+
+def test_clusters_are_those_of_scikit_learn(rng):
+    centroids = rng.normal(size=(14, 5)) + 2 * np.eye(5)[rng.integers(0, 5, 14)]
+    for clusters in (2, 4):
+        model = sklearn.cluster.AgglomerativeClustering(
+            clusters, metric="cosine", linkage="average"
+        )
+        labels = retrieval.cluster_languages(centroids, clusters)
+        expected = model.fit_predict(centroids)
+        assert sklearn.metrics.adjusted_rand_score(labels, expected) == 1
+
+
+def test_mantel_counts_what_enumeration_counts(rng):
+    a, b = (scipy.spatial.distance.pdist(rng.normal(size=(5, 2))) for _ in range(2))
+    a, b = (scipy.spatial.distance.squareform(v) for v in (a, b))
+    upper = np.triu_indices(5, 1)
+    every = [
+        np.corrcoef(a[upper], b[np.ix_(order, order)][upper])[0, 1]
+        for order in itertools.permutations(range(5))
+    ]
+    found = retrieval.mantel(a, b, permutations=4000)
+    assert found.correlation == pytest.approx(every[0])
+    share = np.mean(np.array(every) >= every[0] - 1e-12)
+    # Four standard errors of a share of 4000 draws.
+    error = 4 * np.sqrt(share * (1 - share) / 4000) + 1 / 4000
+    assert found.p_value == pytest.approx(share, abs=error)
 
 
 def test_mantel_finds_agreement_and_its_absence(rng):
