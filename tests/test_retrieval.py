@@ -58,7 +58,7 @@ def test_words_without_a_vector_are_nobodys_translation(rng, method):
     kept = np.delete(np.arange(12), [0, 7])
     np.testing.assert_array_equal(rest[:, :10], kept[alone.indices])
     np.testing.assert_allclose(
-        np.delete(found.scores, 3, axis=0)[:, :10], alone.scores, atol=1e-5
+        np.delete(found.scores, 3, axis=0)[:, :10], alone.scores, atol=2e-5
     )
 
 
