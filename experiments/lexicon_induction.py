@@ -152,7 +152,7 @@ def _report(workdir, rows, means) -> None:
         np.array(
             [[means[k, m]["p1"] for m in retrieval.METHODS] for k in retrieval.MAPS]
         ),
-        title="Mean P@1",
+        title=f"{common.MODEL.value.rstrip('/').split('/')[-1]}: mean P@1",
         row_label="map",
         column_label="retrieval",
         limits=(0, 1),

@@ -5,7 +5,8 @@
 
 Default: the demo model on 150 verses of Luke, which it never saw, in ten languages.
 
-Expect: not recorded yet for the trained demo model.
+Expect: accuracy 20% at the embedding of `demo`, 41% after one layer, the best (mining
+F1 55%), and 11% after the last; chance 0.7%.
 
 A sentence's vector is the mean of its tokens' vectors. For every layer and pair of
 languages: accuracy (the nearest sentence by cosine is the translation; mean of both
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
         for measure in ("accuracy", "f1")
     }
     best = max(range(depth), key=curves["accuracy"].__getitem__)
-    _report(run.workdir, names, rows, curves, best, n)
+    _report(run.workdir, name, names, rows, curves, best, n)
     common.finish(
         run,
         {"items": n, "languages": names, "mean_by_layer": curves, "best_layer": best},
@@ -80,7 +81,8 @@ def _accuracy(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean(nearest == np.arange(len(x))))
 
 
-def _report(workdir, names, rows, curves, best, n) -> None:
+def _report(workdir, model, names, rows, curves, best, n) -> None:
+    short = model.rstrip("/").split("/")[-1]
     lines = [[i, *pair] for i, pair in enumerate(zip(curves["accuracy"], curves["f1"]))]
     print(tables.format_table(["layer", "accuracy", "margin F1"], lines))
     print(f"best layer: {best}; chance: {1 / n:.4f}")
@@ -88,7 +90,7 @@ def _report(workdir, names, rows, curves, best, n) -> None:
         workdir / "layers.png",
         ["accuracy", "margin F1"],
         [curves["accuracy"], curves["f1"]],
-        title=f"Retrieval among {n} sentences, mean over pairs of languages",
+        title=f"{short}: retrieval among {n} sentences, mean over pairs",
         x_label="layer",
     )
     grid = np.full((len(names), len(names)), np.nan)
@@ -101,7 +103,7 @@ def _report(workdir, names, rows, curves, best, n) -> None:
         names,
         names,
         grid,
-        title=f"Accuracy at layer {best}",
+        title=f"{short}: accuracy at layer {best} (chance {1 / n:.1%})",
         limits=(0, 1),
     )
 
