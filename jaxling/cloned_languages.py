@@ -47,9 +47,9 @@ def number_words(sentences: Sequence[Sequence[str]], size: int) -> list[list[int
     return [[number.get(word, UNKNOWN) for word in words] for words in sentences]
 
 
-def clone(tokens: Sequence[int], size: int) -> list[int]:
-    """The same sentence in the other language; special tokens are their own clones."""
-    return [token + size if token >= SPECIAL else token for token in tokens]
+def clone(tokens: Sequence[int], size: int, number: int = 1) -> list[int]:
+    """The same sentence in clone `number`; special tokens are their own clones."""
+    return [token + number * size if token >= SPECIAL else token for token in tokens]
 
 
 def documents(
@@ -82,6 +82,43 @@ def documents(
         else:
             chosen = cloned if rng.random() < clone_share else original
             yield Document([*chosen, END])
+
+
+def bridged_documents(
+    sentences: Sequence[Sequence[int]],
+    size: int,
+    *,
+    bridges: int,
+    parallel_share: float,
+    seed: int,
+) -> Iterator[Document]:
+    """Draws documents without end in which a language and its clone never meet.
+
+    Clones 2 to `bridges + 1` are bridges: each is in documents together with the
+    language, and in others together with its clone. Whatever relates a word t to its
+    clone t + size in such a corpus goes by way of a bridge, and the word's own clones
+    there, t + 2 size and so on, are the true pivots of the pair. The words beside it in
+    its sentences come along, as they do in real text.
+
+    Args:
+      sentences: of the language, from `number_words`.
+      size: words of the language; the vocabulary has `SPECIAL` + (2 + `bridges`) size.
+      bridges: bridging languages, at least 1.
+      parallel_share: of all documents, how many are a sentence, `EQUALS`, and the same
+        in another language; the others are a sentence in one.
+      seed: decides everything.
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        sentence = sentences[rng.integers(len(sentences))]
+        outer, bridge = rng.integers(2), 2 + rng.integers(bridges)
+        sides = [clone(sentence, size, int(number)) for number in (outer, bridge)]
+        if rng.integers(2):
+            sides.reverse()
+        if rng.random() < parallel_share:
+            yield Document([*sides[0], EQUALS, *sides[1], END])
+        else:
+            yield Document([*sides[0], END])
 
 
 def config(vocabulary: int, *, longest: int, width: int = 64, layers: int = 4) -> dict:
