@@ -25,6 +25,7 @@ changes that one setting of the recipe.
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,7 +53,7 @@ _EVALUATE_ON = flags.DEFINE_list(
     "evaluate_on", [], "Token files to evaluate on, not every fortieth document."
 )
 _EVALUATE_EVERY = flags.DEFINE_integer("evaluate_every", 25, "Steps; 0: at the end.")
-_SNAPSHOT_EVERY = flags.DEFINE_integer("snapshot_every", 25, "Steps.")
+SNAPSHOT_EVERY = flags.DEFINE_integer("snapshot_every", 25, "Steps.")
 _DATA_PARALLEL = flags.DEFINE_bool(
     "data_parallel", False, "Share the rows of a step out over all devices."
 )
@@ -99,7 +100,7 @@ _RATES = flags.DEFINE_list(
 def main(argv: list[str]) -> None:
     """Trains, evaluates before and after, draws the loss and exports the model."""
     del argv
-    recipe = _recipe()
+    recipe = recipe_of_flags()
     directory = checkpoints.locate(_INIT.value)
     if _CONFIG.value:
         config = json.loads(pathlib.Path(_CONFIG.value).read_text("utf-8"))
@@ -122,7 +123,7 @@ def main(argv: list[str]) -> None:
         workdir=run.workdir,
         evaluations=held_out,
         evaluate_every=_EVALUATE_EVERY.value,
-        snapshot_every=_SNAPSHOT_EVERY.value,
+        snapshot_every=SNAPSHOT_EVERY.value,
         mesh=mesh,
     )
     exported = run.workdir / "model"
@@ -165,8 +166,15 @@ def main(argv: list[str]) -> None:
     )
 
 
-def _recipe() -> training.Recipe:
+def recipe_of_flags(**demo_settings: Any) -> training.Recipe:
+    """The recipe of the flags; `demo_settings` are another script's for the demo.
+
+    Raises:
+      ValueError: a setting breaks its rule.
+    """
     recipe = _RECIPES[_RECIPE.value]
+    if _RECIPE.value == "demo":
+        recipe = recipe._replace(**demo_settings)
     given = {name: flag.value for name, flag in _SETTINGS.items()}
     recipe = recipe._replace(**{k: v for k, v in given.items() if v is not None})
     shuffle = recipe.seed is not None if _SHUFFLE.value is None else _SHUFFLE.value

@@ -38,22 +38,12 @@ from jaxling import (
     vocabulary,
     word_translation,
 )
-from jaxling.corpus import pivots, readers
+from jaxling.corpus import pivots, selection
 from jaxling.demo import pool, text
 from jaxling.report import plots, tables
 
 from . import common
 
-_CORPUS = flags.DEFINE_list(
-    "corpus", [], "Files, directories, globs or URLs; demo verses when not given."
-)
-_FORMAT = flags.DEFINE_enum(
-    "corpus_format", None, list(readers.FORMATS), "Where names do not tell."
-)
-_FIELD = flags.DEFINE_string("text_field", "text", "Where a record has its text.")
-_TOKENS = flags.DEFINE_bool(
-    "match_tokens", False, "Look for words as tokens, not as text between boundaries."
-)
 _CHARACTERS = flags.DEFINE_integer(
     "demo_characters", 3_000_000, "Of the built-in corpus.", 1
 )
@@ -68,7 +58,7 @@ _TESTBED = flags.DEFINE_integer(
 )
 _K = 100
 _BRIDGES, _TESTBED_WORDS = 2, 500
-_BATCH = 32
+_BATCH = 60
 
 
 def main(argv: list[str]) -> None:
@@ -80,14 +70,9 @@ def main(argv: list[str]) -> None:
     words = vocabulary.load_vocabulary(name, revision)
     task = common.translation_task(model, tokenizer)
     digest = hashlib.sha256(repr(task).encode(errors="surrogatepass")).hexdigest()
-    shards = corpus.find_shards(
-        _CORPUS.value, format=_FORMAT.value, field=_FIELD.value
-    )
-    run = common.begin(
-        "semantic_pivots", {"task": digest, "shards": [shard.url for shard in shards]}
-    )
+    run = common.begin("semantic_pivots", {"task": digest})
     word_translation.save_task(task, run.workdir / "task.json")
-    counts, term = _count(task, tokenizer, shards, len(model.embedding[...]))
+    counts, term = _count(run, task, tokenizer, len(model.embedding[...]))
     own = [_tokens(tokenizer, item.word, item.answer) for item in task.items]
     found = pivots.find(
         counts,
@@ -133,12 +118,12 @@ def main(argv: list[str]) -> None:
     _show(task, steps, words, summary, run.workdir)
 
 
-def _count(task, tokenizer, shards, size):
+def _count(run, task, tokenizer, size):
     """Counts of all words of the task beside all tokens, and each word's term."""
     asked = list(
         dict.fromkeys(word for item in task.items for word in (item.word, item.answer))
     )
-    if _TOKENS.value:
+    if common.MATCH_TOKENS.value:
         terms = corpus.token_terms(asked, tokenizer)
     else:
         terms = corpus.surface_terms(asked)
@@ -149,18 +134,10 @@ def _count(task, tokenizer, shards, size):
         tokenizer=tokenizer,
         vocabulary_size=size,
     )
-    if shards:
-        counts = None
-        for shard in tqdm.tqdm(shards, unit="shard", disable=None):
-            one = corpus.count_shard(shard, plan)
-            counts = one if counts is None else corpus.merge(counts, one)
-    else:
-        drawn = pool.labelled_verses(
-            demo.verses("train"),
-            characters=_CHARACTERS.value,
-            seed=common.SEED.value,
-        )
-        counts = corpus.count_documents((record.text for record in drawn), plan)
+    drawn = pool.labelled_verses(
+        demo.verses("train"), characters=_CHARACTERS.value, seed=common.SEED.value
+    )
+    counts = common.count(plan, run, (record.text for record in drawn))
     if not counts.documents:
         raise ValueError("The corpus holds no document that could be read.")
     return counts, {word: i for i, word in enumerate(asked)}
@@ -168,9 +145,7 @@ def _count(task, tokenizer, shards, size):
 
 def _tokens(tokenizer, word: str, answer: str) -> tuple[list[int], list[int]]:
     """Tokens of the two words, each with a space before it."""
-    coded = tokenizer.encode_batch(
-        [f" {word}", f" {answer}"], add_special_tokens=False
-    )
+    coded = tokenizer.encode_batch([f" {word}", f" {answer}"], add_special_tokens=False)
     return coded[0].ids, coded[1].ids
 
 
@@ -282,7 +257,7 @@ def _testbed(k: int) -> dict:
     counts = corpus.count_documents(
         (np.array(d.tokens) for d in itertools.islice(drawn, _TESTBED.value)),
         corpus.Plan(
-            corpus.Terms([str(t) for t in asked], [((t,),) for t in asked], "tokens"),
+            selection.token_nodes(asked),
             pairs=False,
             term_tokens=True,
             vocabulary_size=first + (2 + _BRIDGES) * size,

@@ -278,9 +278,10 @@ def _read(view, hidden, own, pivots, rule, minimum, markers):
     both = [{*a, *b} for a, b in zip(*own)]
     pivots = [set(tokens) - other for tokens, other in zip(pivots, both)]
     columns = [own[0], pivots, own[1]]
-    # One list of targets per item: the three sets behind each other, padded evenly so
-    # that batches share a compiled program.
-    size = -(-max(len(set(c)) for column in columns for c in column) // 8) * 8
+    # One list of targets per item: the three sets behind each other, padded to a power
+    # of two so that batches share a compiled program.
+    longest = max(len(set(c)) for column in columns for c in column)
+    size = max(8, 1 << (longest - 1).bit_length())
     targets = np.full((hidden.shape[1], 3, size), -1)
     for place, column in enumerate(columns):
         for row, tokens in enumerate(column):

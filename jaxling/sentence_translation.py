@@ -1,7 +1,7 @@
 """Translating sentences with a decoder, and how much of them is right: chrF.
 
-The protocol of He et al., 2025, https://arxiv.org/abs/2505.16385 (its released code): one
-example, the sentence before, then
+The protocol of He et al., 2025, https://arxiv.org/abs/2505.16385, in its released code:
+one example, the sentence before, then the question,
 
     Translate the sentence from English to Swahili.
 
@@ -42,6 +42,7 @@ def build_sentences(
     pairs: Sequence[tuple[str, str]],
     *,
     count: int | None = None,
+    fits: Callable[[Sentence], bool] = lambda sentence: True,
 ) -> list[Sentence]:
     """Evenly spaced sentences of each ordered pair, each with the one before it.
 
@@ -49,27 +50,36 @@ def build_sentences(
       texts: by language; row i of all languages means the same, "" where it is missing.
       pairs: ordered pairs of languages.
       count: sentences of each pair; all where None.
+      fits: which sentences may be asked (for one, those that leave room to answer).
 
     Raises:
-      ValueError: a pair with fewer than two sentences, or without a language.
+      ValueError: a pair with fewer than two sentences, or without a language; none that
+        fits.
     """
-    found = []
+    found: list[Sentence] = []
     for source, target in pairs:
         missing = {source, target} - set(texts)
         if missing:
             raise ValueError(f"There are no sentences in {sorted(missing)}.")
         both = [
-            (a, b) for a, b in zip(texts[source], texts[target]) if a.strip() and b.strip()
+            (a, b)
+            for a, b in zip(texts[source], texts[target])
+            if a.strip() and b.strip()
         ]
         if len(both) < 2:
             raise ValueError(
                 f"{source} and {target} need two sentences, the first of which is the"
                 f" example; got {len(both)}."
             )
-        asked = np.arange(1, len(both))
-        if count is not None and count < len(asked):
-            asked = asked[np.linspace(0, len(asked) - 1, count).astype(int)]
-        found += [Sentence(source, target, *both[i], both[i - 1]) for i in asked]
+        own = [Sentence(source, target, *b, a) for a, b in zip(both, both[1:])]
+        own = [sentence for sentence in own if fits(sentence)]
+        if not own:
+            raise ValueError(
+                f"No sentence from {source} to {target} leaves room for an answer."
+            )
+        if count is not None and count < len(own):
+            own = [own[i] for i in np.linspace(0, len(own) - 1, count).astype(int)]
+        found += own
     return found
 
 
@@ -134,15 +144,18 @@ def translate(
         for row, i in enumerate(chosen):
             tokens[row, longest - lengths[i] :] = coded[i].ids
             mask[row, longest - lengths[i] :] = True
-        said = models.generate(
-            model, tokens, mask, max_new_tokens=new, eos_token=end
-        )
+        said = models.generate(model, tokens, mask, max_new_tokens=new, eos_token=end)
         for row, i in enumerate(chosen):
-            new_ids = np.asarray(said[row, longest:]).tolist()
-            if end in new_ids:
-                new_ids = new_ids[: new_ids.index(end)]
-            answers[i] = tokenizer.decode(new_ids).strip(" ").split("\n")[0].strip()
+            answers[i] = line(np.asarray(said[row, longest:]).tolist(), tokenizer, end)
     return answers
+
+
+def line(ids: Sequence[int], tokenizer: Any, end: int | None) -> str:
+    """What tokens say up to the token `end`, and of that the first line."""
+    ids = list(ids)
+    if end in ids:
+        ids = ids[: ids.index(end)]
+    return tokenizer.decode(ids).strip(" ").split("\n")[0].strip()
 
 
 def sentence_chrf(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:

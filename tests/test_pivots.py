@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxling import cloned_languages, corpus
-from jaxling.corpus import pivots, selection
+from jaxling import cloned_languages
+from jaxling.corpus import pivots
 
 SIZE = 60
 
@@ -103,7 +103,9 @@ def sentences(rng, count):
     share = 1 / np.arange(2, SIZE + 2)
     drawn = rng.choice(SIZE, (count, 5), p=share / share.sum())
     partner = drawn[:, 0] ^ 1  # word 2i brings 2i + 1 along, and the other way round
-    return (np.concatenate([drawn, partner[:, None]], 1) + cloned_languages.SPECIAL).tolist()
+    return (
+        np.concatenate([drawn, partner[:, None]], 1) + cloned_languages.SPECIAL
+    ).tolist()
 
 
 @pytest.mark.parametrize("bridges", [1, 2, 3])
@@ -125,17 +127,15 @@ def test_known_pivots_of_cloned_languages_are_found(rng, bridges):
     truth = [[t + (2 + i) * SIZE for i in range(bridges)] for t in words]
     sides = found[:SIZE], found[SIZE:]
 
-    exact = pivots.agreement(
-        pivots.candidates(*sides, k=bridges, excluded=own), truth
-    )
+    exact = pivots.agreement(pivots.candidates(*sides, k=bridges, excluded=own), truth)
     assert exact.precision >= 0.95 and exact.recall >= 0.95 and exact.first >= 0.98
     many = pivots.candidates(*sides, k=30, excluded=own)
     before = pivots.agreement(many, truth)
     assert before.recall == 1 and before.precision < 0.2
     association = pivots.mutual_information(*arguments)
     association = pivots.weaker(association[:SIZE], association[SIZE:], many)
-    after = pivots.agreement(pivots.keep(many, association, 0.3), truth)
-    assert after.precision > 3 * before.precision and after.recall >= 0.97
+    after = pivots.agreement(pivots.keep(many, association, 0.2), truth)
+    assert after.precision > 4 * before.precision and after.recall >= 0.95
 
     # Words drawn as pairs at random have no pivot in common but by chance.
     turned = pivots.candidates(sides[0], np.roll(sides[1], 2, 0), k=bridges)

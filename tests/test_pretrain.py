@@ -125,11 +125,11 @@ def test_lines_that_are_no_text_are_named(tmp_path):
 
 def test_the_olmo_recipe_is_one_flag_and_others_change_it(tmp_path):
     with flagsaver.flagsaver(recipe="olmo"):
-        assert pretrain._recipe() == training.OLMO
+        assert pretrain.recipe_of_flags() == training.OLMO
     with flagsaver.flagsaver(recipe="olmo", shuffle=True, seed=3):
-        assert pretrain._recipe() == training.OLMO._replace(seed=3)
+        assert pretrain.recipe_of_flags() == training.OLMO._replace(seed=3)
     with flagsaver.flagsaver(shuffle=False, seed=3):
-        assert pretrain._recipe().seed is None
+        assert pretrain.recipe_of_flags().seed is None
     with flagsaver.flagsaver(recipe="olmo", rows=64, rates=["embed=0"]):
         changed = training.OLMO._replace(batch=64, rates=(("embed", 0.0),))
-        assert pretrain._recipe() == changed
+        assert pretrain.recipe_of_flags() == changed

@@ -7,8 +7,8 @@ c_bg(t) do:
     d_w(t) = c_w(t) - c_bg(t),   s(t) = min(d_source(t), d_target(t))
 
 and the tokens of largest s are the pivots of the pair. Here the counts are of all
-documents, so each is divided by the documents it is out of: d is a difference of shares,
-the paper's d / 2,000 in expectation, and a rare word stands beside a common one.
+documents, so each is divided by the documents it is out of: d is a difference of
+shares, the paper's d / 2,000 in expectation.
 
 The paper then leaves out tokens "with no semantic relation" by a filter that was not
 published. Ours are two thresholds, each of what relates the token to the less related
@@ -152,9 +152,7 @@ def candidates(
     k = min(k, shared.shape[1])
     order = np.argsort(-shared, axis=1, kind="stable")[:, :k]
     scores = np.take_along_axis(shared, order, 1)
-    return Pivots(
-        np.where(scores > 0, order, -1), np.where(scores > 0, scores, np.nan)
-    )
+    return Pivots(np.where(scores > 0, order, -1), np.where(scores > 0, scores, np.nan))
 
 
 class Found(NamedTuple):
@@ -274,7 +272,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def keep(pivots: Pivots, relation: np.ndarray, minimum: float) -> Pivots:
-    """Only pivots whose `relation` `[item, k]` is at least `minimum`, in their order."""
+    """The pivots whose `relation` `[item, k]` is at least `minimum`, in order."""
     kept = (pivots.tokens >= 0) & (np.asarray(relation) >= minimum)
     order = np.argsort(~kept, axis=1, kind="stable")
     kept = np.take_along_axis(kept, order, 1)

@@ -17,7 +17,8 @@ rarest language. Association is therefore what the languages of the documents do
 explain. Least association -1 leaves counts alone to decide, and hubs are commas.
 """
 
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ def commonest(
 def token_nodes(tokens: Sequence[int]) -> Terms:
     """Terms of one token each, to be counted by a `Plan` with `pairs`."""
     ids = [int(token) for token in tokens]
-    return Terms([str(token) for token in ids], [((token,),) for token in ids], "tokens")
+    return Terms(tuple(map(str, ids)), tuple(((token,),) for token in ids), "tokens")
 
 
 def graph(
@@ -163,6 +164,25 @@ def joined_share(
         if len(own) > 1:
             shares[row] = edge[np.ix_(own, own)].sum() / (len(own) * (len(own) - 1))
     return shares
+
+
+def load_identifier(name: str) -> Callable[[str], str]:
+    """The function `name`, as module:function, that tells the language of a text.
+
+    Raises:
+      ValueError: there is no such function.
+    """
+    module, colon, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"A language identifier is given as module:function; {name!r} cannot be"
+            f" imported: {error}."
+        ) from None
+    if not colon or not callable(found):
+        raise ValueError(f"A language identifier is a function; {name!r} is none.")
+    return found
 
 
 def equal_mix(languages: Sequence[str]) -> dict[str, float]:

@@ -39,10 +39,7 @@ def without_books(
     ]
     return text.Verses(
         [verses.names[row] for row in rows],
-        {
-            code: [column[row] for row in rows]
-            for code, column in verses.text.items()
-        },
+        {code: [column[row] for row in rows] for code, column in verses.text.items()},
     )
 
 

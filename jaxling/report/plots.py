@@ -109,6 +109,57 @@ def save_bars(
             _legend(axes)
 
 
+def save_panels(
+    path: Path,
+    labels: Sequence[str],
+    panels: Sequence[str],
+    values: np.ndarray,
+    errors: np.ndarray,
+    *,
+    title: str = "",
+    references: Sequence[float | None] = (),
+) -> None:
+    """Points with error bars, the first label on top, one panel for each quantity.
+
+    `values` and `errors` are `[panel, label]`, errors half the width of the bars (NaN:
+    none); `references` draws a dashed line in each panel.
+    """
+    values, errors = (np.asarray(x, dtype=float) for x in (values, errors))
+    if not values.shape == errors.shape == (len(panels), len(labels)):
+        raise ValueError(
+            f"`values` and `errors` must be {(len(panels), len(labels))}, a number for"
+            f" each panel and label; got {values.shape} and {errors.shape}."
+        )
+    size = (2.0 + 2.6 * len(panels), 1.3 + 0.42 * len(labels))
+    with _picture(path, [*labels, *panels, title], size, len(panels)) as (grid, shown):
+        place = np.arange(len(labels))
+        for i, axes in enumerate(grid):
+            for at in place:
+                color = _CYCLE[at % len(_CYCLE)]
+                axes.errorbar(
+                    values[i, at],
+                    at,
+                    xerr=np.nan_to_num(errors[i, at]),
+                    fmt="o",
+                    color=color,
+                    markersize=6,
+                    elinewidth=1.6,
+                    capsize=3,
+                )
+            if references and references[i] is not None:
+                axes.axvline(references[i], color=_INK, linestyle="--", linewidth=0.9)
+            axes.grid(visible=False, axis="y")
+            axes.tick_params(axis="y", length=0)
+            axes.margins(x=0.12)
+            axes.locator_params(axis="x", nbins=4)
+            axes.set_title(shown(panels[i], 60), fontsize=10)
+        grid[0].set_yticks(place, [shown(label) for label in labels])
+        grid[0].set_ylim(len(labels) - 0.5, -0.5)
+        grid[0].figure.suptitle(
+            shown(title, 120), x=0.01, ha="left", fontsize=12, fontweight="bold"
+        )
+
+
 def save_heatmap(
     path: Path,
     rows: Sequence[str],
@@ -380,8 +431,13 @@ def _legend(axes):
 
 
 @contextlib.contextmanager
-def _picture(path: Path, text: Iterable[str], size: tuple[float, float]) -> Iterator:
-    """Axes of a new figure that is saved at the end, and the way to write its text."""
+def _picture(
+    path: Path, text: Iterable[str], size: tuple[float, float], columns: int = 0
+) -> Iterator:
+    """Axes of a new figure that is saved at the end, and the way to write its text.
+
+    With `columns`, so many axes that share their vertical one.
+    """
     families, missing = fonts.fonts_for("".join(map(str, text)))
     lost = {c for c in missing if unicodedata.category(c) != "Cf"}
     if lost:
@@ -399,5 +455,8 @@ def _picture(path: Path, text: Iterable[str], size: tuple[float, float]) -> Iter
 
     with matplotlib.rc_context({**_STYLE, "font.family": families}):
         drawing = figure.Figure(figsize=size)
-        yield drawing.add_subplot(), shown
+        if columns:
+            yield drawing.subplots(1, columns, sharey=True, squeeze=False)[0], shown
+        else:
+            yield drawing.add_subplot(), shown
         drawing.savefig(path, format="png", metadata={"Software": None})
