@@ -6,7 +6,10 @@
 Default: the demo model, 12 held-out words for each of 20 ordered pairs of languages,
 and 3 million characters of the verses and verse pairs that it learned from.
 
-Expect: not measured yet.
+Expect: 21 pivots for an item after both filters, of 65 before; mean mass of source
+tokens is highest in the first of four layers (0.094), of pivots in the second (0.044,
+and 0.008 of other words' pivots), of target tokens in the last (0.088). On clones,
+where the truth is known, precision and recall are 0.99; a minute on two cores.
 
 He et al., 2025, "Semantic Pivots", https://arxiv.org/abs/2505.16385: a token's score is
 by how much it is commoner beside the source word than anywhere, or beside the target

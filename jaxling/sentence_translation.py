@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxling import models
 
-_LENGTH = 32  # prompts are padded to a multiple: few lengths, so few programs
+_LENGTH = 32  # prompts are padded to a multiple of it
 
 
 class Sentence(NamedTuple):
@@ -111,7 +111,7 @@ def translate(
       tokenizer: its `tokenizers.Tokenizer`.
       sentences: what to translate.
       names: what a prompt calls each language.
-      most: tokens of an answer; less where the prompt leaves the model no more room.
+      most: tokens of an answer; less where the longest prompt leaves no more room.
       batch: prompts at a time.
       progress: wraps the iteration over batches (`tqdm.tqdm`).
 
@@ -128,16 +128,15 @@ def translate(
         )
     end = model.config.get("eos_token_id")
     end = end[0] if isinstance(end, list) else end
+    # All prompts are padded alike, for a shape is a program to compile.
+    longest = -(-int(lengths.max(initial=1)) // _LENGTH) * _LENGTH
+    new = most
+    if room is not None:
+        new = min(most, room - int(lengths.max(initial=1)))
+        longest = min(longest, room - new)
     order = np.argsort(lengths, kind="stable")
-    parts = [order[i : i + batch] for i in range(0, len(order), batch)]
     answers = [""] * len(sentences)
-    for chosen in progress(parts):
-        longest = -(-lengths[chosen].max() // _LENGTH) * _LENGTH
-        new = most
-        if room is not None:
-            # Rows of padding take no position: the longest prompt decides.
-            new = min(most, room - int(lengths[chosen].max()))
-            longest = min(longest, room - new)
+    for chosen in progress([order[i : i + batch] for i in range(0, len(order), batch)]):
         tokens = np.zeros((batch, longest), np.int32)
         mask = np.zeros(tokens.shape, bool)
         mask[:, -1] = True  # rows that fill the batch
