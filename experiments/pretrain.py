@@ -188,7 +188,8 @@ def recipe_of_flags(**demo_settings: Any) -> training.Recipe:
             separator = ""
         if not separator:
             raise ValueError(f"--rates must be pattern=factor,...; got {entry!r}.")
-    recipe = recipe._replace(rates=tuple(rates))
+    if rates:
+        recipe = recipe._replace(rates=tuple(rates))
     training.check_recipe(recipe)
     return recipe
 
