@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
-from absl import flags
+from absl import flags, logging
 
 from jaxling import (
     corpus,
@@ -228,8 +228,12 @@ def _ended(documents, model) -> list[list[int]]:
     return [ids if end is None else [*ids, end] for ids in documents]
 
 
-def _records(shards, seed: int) -> Iterator[tuple[str | np.ndarray, str]]:
-    """Documents and their languages."""
+def _records(shards, seed: int, tokenizer) -> Iterator[tuple[str | np.ndarray, str]]:
+    """Documents and their languages.
+
+    Damage is passed over unless `--strict`. Two fields of a record are read side by
+    side, so that with `--language_field` it always stops.
+    """
     if not shards:
         verses = pool.without_books(demo.verses("held_out"), pool.EVALUATED_BOOKS)
         for record in pool.labelled_verses(
@@ -242,15 +246,26 @@ def _records(shards, seed: int) -> Iterator[tuple[str | np.ndarray, str]]:
             yield from zip(corpus.read_shard(shard), labels, strict=True)
     else:
         identify = selection.load_identifier(_IDENTIFIER.value)
+        damage: list[corpus.Damage] = []
         for shard in shards:
-            for document in corpus.read_shard(shard):
-                language = identify(document)
+            report = None if common.STRICT.value else damage.append
+            for document in corpus.read_shard(shard, report):
+                text = document
+                if not isinstance(text, str):
+                    text = tokenizer.decode(text.tolist())
+                language = identify(text)
                 if not isinstance(language, str):
                     raise ValueError(
                         f"--identifier={_IDENTIFIER.value} must return the language as"
                         f" text; it returned {language!r}."
                     )
                 yield document, language
+        if damage:
+            logging.warning(
+                "%d records of the pool are damaged, such as: %s",
+                len(damage),
+                "; ".join(damage[0].examples),
+            )
 
 
 def _pool(workdir, shards, tokenizer, model, recipe, seed: int) -> _Pool:
@@ -264,7 +279,7 @@ def _pool(workdir, shards, tokenizer, model, recipe, seed: int) -> _Pool:
         languages: list[str] = []
 
         def documents():
-            for text, language in _records(shards, seed):
+            for text, language in _records(shards, seed, tokenizer):
                 ids = text
                 if isinstance(text, str):
                     ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -298,14 +313,20 @@ def _graph(folder, file, documents, languages, size, model) -> selection.Graph:
     """The graph of co-occurrence of the commonest tokens of the pool."""
     shards = corpus.find_shards([str(file.path)], format="tokens")
     every = corpus.Plan(tokens=True, vocabulary_size=size)
-    counts = corpus.count_corpus(shards, every, progress=False).counts
+    counts = corpus.count_corpus(
+        shards, every, processes=common.PROCESSES.value, progress=False
+    ).counts
     end = _ended([[]], model)[0]
     nodes = selection.commonest(
         counts.token_documents, _GRAPH_TOKENS.value, excluded=end
     )
     plan = corpus.Plan(selection.token_nodes(nodes), pairs=True, vocabulary_size=size)
     together = corpus.count_corpus(
-        shards, plan, workdir=folder / "counts", progress=False
+        shards,
+        plan,
+        workdir=folder / "counts",
+        processes=common.PROCESSES.value,
+        progress=False,
     ).counts
     rows: dict[str, list[int]] = {}
     for row, language in enumerate(languages):

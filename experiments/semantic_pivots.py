@@ -99,6 +99,10 @@ def main(argv: list[str]) -> None:
             seed=common.SEED.value,
             batch=_BATCH,
             pivots=sets,
+            language_tokens=common.entries(
+                common.LANGUAGE_TOKENS.value, "language_tokens"
+            )
+            or None,
             progress=lambda parts: tqdm.tqdm(parts, unit="batch", disable=None),
         )
     summary = {
