@@ -112,14 +112,14 @@ def translate(
     Raises:
       ValueError: an unknown method, or arguments that do not fit.
     """
-    n, m = len(source), len(target)
+    n = len(source)
     x, y = _padded(source), _padded(target)
     if method == "nearest":
         found = kernels.nearest_neighbors(x, y, k=k)
     elif method == "csls":
         found = kernels.csls_neighbors(x, y, k=k, neighborhood=neighborhood)
     elif method == "inverted_softmax":
-        found = _inverted_softmax(x, y, n, m, k, inverse_temperature)
+        found = _inverted_softmax(x, y, k, inverse_temperature)
     elif method == "margin_ratio":
         found = kernels.nearest_neighbors(x, y, k=max(k, neighborhood))
         found = _by_margin(found, x, y, neighborhood)
@@ -145,15 +145,19 @@ def _valid(rows: np.ndarray) -> np.ndarray:
     return np.where(np.any(rows != 0, axis=1, keepdims=True), rows, np.nan)
 
 
-def _inverted_softmax(source, target, n, m, k, inverse_temperature):
+def _inverted_softmax(source, target, k, inverse_temperature):
     """One inner product: the normaliser of each target is one more column."""
     x, y = (_valid(_unit(side)) for side in (source, target))
-    asked = x[:n][np.isfinite(x[:n]).all(axis=1)]
-    normaliser = np.full((len(y), 1), np.nan, np.float32)
-    if len(asked):
-        normaliser[:m, 0] = kernels.reduce_scores(
-            inverse_temperature * np.nan_to_num(y[:m]), asked, (kernels.log_sum_exp(),)
-        )[0]
+    # Rows that are nobody's take part with a weight of exp(-10000), which is 0.
+    nobody = np.where(np.isnan(x[:, :1]), np.float32(-1e4), np.float32(0))
+    scores = kernels.reduce_scores(
+        np.pad(
+            inverse_temperature * np.nan_to_num(y), ((0, 0), (0, 1)), constant_values=1
+        ),
+        np.concatenate([np.nan_to_num(x), nobody], 1),
+        (kernels.log_sum_exp(),),
+    )
+    normaliser = np.asarray(scores[0], np.float32)[:, None]
     left = np.concatenate([inverse_temperature * x, -np.ones_like(x[:, :1])], 1)
     return kernels.nearest_neighbors(
         left, np.concatenate([y, normaliser], 1), k=k, metric="dot"

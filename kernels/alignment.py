@@ -239,12 +239,15 @@ def _rcsls_loss(w, x, y, source, target, *, k):
 
 def _center_of_nearest(rows, keys, k):
     """Mean of the k keys with the largest inner product; the choice is a constant."""
-    fixed_rows, fixed_keys = lax.stop_gradient((rows, keys))
+    n, width = rows.shape
+    tile = min(_TILE, n)
+    padded = jnp.pad(lax.stop_gradient(rows), ((0, -n % tile), (0, 0)))
+    fixed = lax.stop_gradient(keys)
 
-    def nearest(row):
-        return lax.top_k(fixed_keys @ row, k)[1]
+    def nearest(block):
+        return lax.top_k(block @ fixed.T, k)[1]
 
-    indices = lax.map(nearest, fixed_rows, batch_size=_TILE)
+    indices = lax.map(nearest, padded.reshape(-1, tile, width)).reshape(-1, k)[:n]
     return keys[indices].mean(1)
 
 
@@ -269,9 +272,9 @@ def _rcsls(start, x, y, source, target, *, learning_rate, k, steps, spectral):
     rate = jnp.asarray(learning_rate, start.dtype)
     infinite = jnp.asarray(jnp.inf, start.dtype)
     state = (start, start, infinite, jnp.zeros_like(start), rate)
-    (w, best, best_loss, _, _), losses = lax.scan(step, state, None, length=steps)
-    last = loss(w)
-    return jnp.where(last < best_loss, w, best), jnp.append(losses, last)
+    # The last round judges the last step; the step that it takes itself is dropped.
+    (_, best, _, _, _), losses = lax.scan(step, state, None, length=steps + 1)
+    return best, losses
 
 
 def _clip_singular_values(w: Float[Array, "d e"]) -> Float[Array, "d e"]:
