@@ -5,7 +5,9 @@
 Default: the demo model and its lexicon, English with each of its nine other languages
 in both directions; maps fitted on training words, asked on held-out test words.
 
-Expect: not recorded yet for the trained demo model.
+Expect: on `demo`, whose languages share one space, no map is needed: P@1 56% by nearest
+neighbour, 61% by inverted softmax; maps fitted on a few hundred words lose some of it
+(Procrustes 26% and 41%, RCSLS the same, ridge 17% and 40%).
 
 A word's vector is the mean of the input embeddings of its tokens, at length one,
 centred, at length one again. Candidates are all words of the target language that the
@@ -163,7 +165,7 @@ def _report(workdir, rows, means) -> None:
         workdir / "pairs.png",
         [f"{r['source']} → {r['target']}" for r in chosen],
         [r["p1"] for r in chosen],
-        title=f"P@1 by {best[1]} after {best[0]}",
+        title=f"P@1 by {best[1]}, map: {best[0]}",
         limits=(0, 1),
     )
 
