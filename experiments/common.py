@@ -98,6 +98,10 @@ DASK = flags.DEFINE_string(
 )
 
 
+# On results: they are no part of a run's record, and may differ when it is resumed.
+_WITHOUT_EFFECT = {"workdir", "processes", "dask"}
+
+
 class Run(NamedTuple):
     """A started experiment: where it writes, and when it began."""
 
@@ -147,7 +151,7 @@ def begin(experiment: str, inputs: dict[str, Any] | None = None) -> Run:
         if not module.startswith("absl.")
         for flag in defined
     }
-    values = {name: flags.FLAGS[name].value for name in sorted(names - {"workdir"})}
+    values = {name: flags.FLAGS[name].value for name in sorted(names - _WITHOUT_EFFECT)}
     config = {
         "experiment": experiment,
         "flags": values,
@@ -286,8 +290,8 @@ def translation_task(model: Any, tokenizer: Any) -> Any:
 def count(plan: Any, run: Run, built_in: Iterable[str]) -> Any:
     """The `jaxling.corpus.Counts` of `--corpus`, or of the built-in documents.
 
-    Shards that are finished are kept in the work directory until all are: the same
-    command goes on from them. Damage is reported on standard error.
+    Finished shards are kept in the work directory: the same command goes on from them.
+    Damage is reported on standard error.
 
     Raises:
       ValueError, OSError, ImportError: as the functions of `jaxling.corpus` do.

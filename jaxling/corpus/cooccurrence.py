@@ -313,30 +313,39 @@ class Sums:
 def _add_pairs(sums: Sums, table: sparse.csr_array) -> None:
     """How many rows hold both of two columns, the smaller one first."""
     n = table.shape[1]
-    turned = table.T.tocsr()
-    # In steps of about as many entries each. A step's columns have met all columns
-    # before them, which are then left out: half of the products.
-    wanted = np.linspace(0, turned.nnz, 9)
-    steps = np.unique(np.searchsorted(turned.indptr, wanted).clip(0, n))
-    for begin, end in zip(steps[:-1], steps[1:]):
-        product = (turned[begin:end] @ table[:, begin:]).tocsc().tocsr()  # in order
-        rows = np.repeat(np.arange(begin, end), np.diff(product.indptr))
-        columns = product.indices + np.int64(begin)
-        above = rows < columns
-        keys = rows[above] * n + columns[above]
-        sums.add(keys, product.data[above].astype(np.int64))
+    keys, counts = [], []
+    for begin, product in _products(table, table, True):
+        rows = np.repeat(np.arange(len(product.indptr) - 1), np.diff(product.indptr))
+        above = rows < product.indices
+        keys.append((rows[above] + begin) * n + product.indices[above] + begin)
+        counts.append(product.data[above].astype(np.int64))
+    sums.add(np.concatenate(keys), np.concatenate(counts))
 
 
 def _add_products(sums: Sums, left: sparse.csr_array, right: sparse.csr_array) -> None:
     """How many rows hold column i of `left` and column j of `right`."""
+    keys, counts = [], []
+    for begin, product in _products(left, right, False):
+        rows = np.repeat(np.arange(len(product.indptr) - 1), np.diff(product.indptr))
+        keys.append((rows + begin) * right.shape[1] + product.indices)
+        counts.append(product.data.astype(np.int64))
+    sums.add(np.concatenate(keys), np.concatenate(counts))
+
+
+def _products(
+    left: sparse.csr_array, right: sparse.csr_array, above: bool
+) -> Iterator[tuple[int, sparse.csr_array]]:
+    """Some rows of `left.T @ right` at a time, in order, with the first one's number.
+
+    The steps have about as many entries of `left` each, so the product is never in
+    memory as a whole. With `above`, columns before the first row are left out.
+    """
     turned = left.T.tocsr()
-    wanted = np.linspace(0, turned.nnz, 9)
-    steps = np.unique(np.searchsorted(turned.indptr, wanted).clip(0, left.shape[1]))
-    for begin, end in zip(steps[:-1], steps[1:]):
-        product = (turned[begin:end] @ right).tocsc().tocsr()  # in order
-        rows = np.repeat(np.arange(begin, end), np.diff(product.indptr))
-        keys = rows * right.shape[1] + product.indices
-        sums.add(keys, product.data.astype(np.int64))
+    ends = np.searchsorted(turned.indptr, np.linspace(0, turned.nnz, 9))
+    steps = np.unique([0, *ends[1:-1].clip(0, left.shape[1]), left.shape[1]])
+    for begin, end in zip(steps[:-1].tolist(), steps[1:].tolist()):
+        product = turned[begin:end] @ (right[:, begin:] if above else right)
+        yield begin, product.tocsc().tocsr()  # which puts the columns in order
 
 
 def _add_near(sums: Sums, matches: matching.Matches, window: int, n: int) -> None:

@@ -63,10 +63,16 @@ def save_bars(
     """Horizontal bars, the first label on top, each with its value written out.
 
     `values` is `[labels]`, or `[series, labels]` for groups of bars; `errors` has the
-    same shape. `reference` draws a dashed line (chance, a paper's number).
+    same shape, or is two of it, below and above. `reference` draws a dashed line
+    (chance, a paper's number).
     """
-    values = np.atleast_2d(np.asarray(values, dtype=float))
-    errors = None if errors is None else np.atleast_2d(np.asarray(errors, dtype=float))
+    values = np.asarray(values, dtype=float)
+    if errors is not None:
+        errors = np.asarray(errors, dtype=float)
+        errors = np.broadcast_to(errors, (2, *values.shape)).reshape(
+            2, *np.atleast_2d(values).shape
+        )
+    values = np.atleast_2d(values)
     if values.shape != (max(len(series), 1), len(labels)):
         raise ValueError(
             f"`values` must be {(max(len(series), 1), len(labels))}, a number for each"
@@ -81,7 +87,7 @@ def save_bars(
         thickness = 0.78 / len(values)
         for i, row in enumerate(values):
             at = place + (i - (len(values) - 1) / 2) * thickness
-            error = None if errors is None else np.nan_to_num(errors[i])
+            error = None if errors is None else np.nan_to_num(errors[:, i]).clip(0)
             bars = axes.barh(
                 at,
                 np.nan_to_num(row),
@@ -131,7 +137,10 @@ def save_panels(
             f" each panel and label; got {values.shape} and {errors.shape}."
         )
     size = (2.0 + 2.6 * len(panels), 1.3 + 0.42 * len(labels))
-    with _picture(path, [*labels, *panels, title], size, len(panels)) as (grid, shown):
+    with _picture(path, [*labels, *panels, title], size, (1, len(panels)), "y") as (
+        grid,
+        shown,
+    ):
         place = np.arange(len(labels))
         for i, axes in enumerate(grid):
             for at in place:
@@ -418,6 +427,61 @@ def save_scatter(
             handle.set_sizes([28])
 
 
+def save_panels(
+    path: Path,
+    names: Sequence[str],
+    points: Sequence[np.ndarray],
+    labels: Sequence[Sequence[str]],
+    *,
+    title: str = "",
+    x_label: str = "",
+    y_label: str = "",
+    columns: int = 5,
+) -> None:
+    """Small scatters side by side, each with its least-squares line.
+
+    All have one horizontal axis, and each its own vertical one. Panel i has the points
+    `points[i]` `[n, 2]`, coloured by `labels[i]`. Points that are not finite are left
+    out; a line needs two different x.
+    """
+    if not len(names) == len(points) == len(labels):
+        raise ValueError(
+            f"Every panel needs a name, points and labels; got {len(names)},"
+            f" {len(points)} and {len(labels)}."
+        )
+    kinds = sorted({label for row in labels for label in row})
+    columns = max(1, min(columns, len(names)))
+    lines = max(1, -(-len(names) // columns))
+    size = (1.0 + 2.4 * columns, 1.2 + 1.8 * lines)
+    text = [*names, *kinds, title, x_label, y_label]
+    with _picture(path, text, size, (lines, columns)) as (grid, shown):
+        for axes in grid[len(names) :]:
+            axes.set_axis_off()
+        for axes, name, own, kind in zip(grid, names, points, labels):
+            own, kind = np.asarray(own, float).reshape(-1, 2), np.asarray(kind, str)
+            known = np.isfinite(own).all(1)
+            for i, label in enumerate(kinds):
+                mine = own[known & (kind == label)]
+                color = _CYCLE[i % len(_CYCLE)]
+                axes.scatter(*mine.T, s=12, c=color, alpha=0.7, linewidths=0)
+            x, y = own[known].T
+            if len(np.unique(x)) > 1:
+                slope, offset = np.polyfit(x, y, 1)
+                ends = np.array([x.min(), x.max()])
+                axes.plot(ends, slope * ends + offset, color=_INK, linewidth=0.9)
+            axes.set_title(shown(name), fontsize=8.5, weight="normal")
+            axes.tick_params(labelsize=7.5)
+        drawing = grid[0].figure
+        drawing.suptitle(shown(title, 120), x=0.01, ha="left", weight="bold")
+        drawing.supxlabel(shown(x_label, 120), fontsize=9.5)
+        drawing.supylabel(shown(y_label, 80), fontsize=9.5)
+        handles = [
+            grid[0].scatter([], [], s=18, c=_CYCLE[i % len(_CYCLE)], label=shown(kind))
+            for i, kind in enumerate(kinds)
+        ]
+        drawing.legend(handles=handles, loc="outside right upper", fontsize=8.5)
+
+
 def _name(axes, shown, title: str, x_label: str, y_label: str) -> None:
     axes.set_title(shown(title, 120))
     axes.set_xlabel(shown(x_label, 120))
@@ -432,11 +496,16 @@ def _legend(axes):
 
 @contextlib.contextmanager
 def _picture(
-    path: Path, text: Iterable[str], size: tuple[float, float], columns: int = 0
+    path: Path,
+    text: Iterable[str],
+    size: tuple[float, float],
+    panels: tuple[int, int] | None = None,
+    shared: str = "x",
 ) -> Iterator:
     """Axes of a new figure that is saved at the end, and the way to write its text.
 
-    With `columns`, so many axes that share their vertical one.
+    With `panels` (rows, columns) a flat array of so many axes, of which all share the
+    one that `shared` names.
     """
     families, missing = fonts.fonts_for("".join(map(str, text)))
     lost = {c for c in missing if unicodedata.category(c) != "Cf"}
@@ -455,8 +524,9 @@ def _picture(
 
     with matplotlib.rc_context({**_STYLE, "font.family": families}):
         drawing = figure.Figure(figsize=size)
-        if columns:
-            yield drawing.subplots(1, columns, sharey=True, squeeze=False)[0], shown
-        else:
+        if panels is None:
             yield drawing.add_subplot(), shown
+        else:
+            common = {f"share{shared}": True}
+            yield drawing.subplots(*panels, squeeze=False, **common).ravel(), shown
         drawing.savefig(path, format="png", metadata={"Software": None})

@@ -1,0 +1,130 @@
+"""The experiments that count, end to end on a small corpus."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from jaxling import demo, dictionaries, vocabulary
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def run(name: str, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"jaxling.experiments.{name}", *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> pathlib.Path:
+    """Some verses as JSON lines, one of them damaged, and a table of traced items."""
+    folder = tmp_path_factory.mktemp("corpus")
+    verses = demo.verses("train").text
+    rows = list(zip(verses["eng"], verses["swh"]))[:600]
+    lines = [json.dumps({"text": "\n".join(row)}) for row in rows]
+    lines.insert(5, '{"text": "dam')
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    pairs = [("Jesus", "Yesu"), ("David", "Daudi"), ("house", "nyumba")] * 4
+    rng = np.random.default_rng(0)
+    behaviour = ["co-occurrence", "pivot"] * 6
+    table = pa.table(
+        {
+            "source": ["eng"] * 12,
+            "target": ["swh"] * 12,
+            "word": [a for a, _ in pairs],
+            "answer": [b for _, b in pairs],
+            "score": rng.random(12),
+            "behaviour": behaviour,
+        }
+    )
+    pa.parquet.write_table(table, folder / "items.parquet")
+    return folder
+
+
+def test_token_frequencies_are_what_token_neighbors_reads(place, tmp_path):
+    flags = [f"--corpus={place}/a.jsonl", f"--workdir={tmp_path}", "--processes=1"]
+    done = run("token_frequencies", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "1 records were skipped" in done.stderr
+    words = vocabulary.load_vocabulary("demo")
+    tokenizer = vocabulary.load_tokenizer("demo")
+    expected = np.zeros(len(words.strings), np.int64)
+    for line in (place / "a.jsonl").read_text().splitlines():
+        if line.endswith("}"):
+            ids = tokenizer.encode(json.loads(line)["text"], add_special_tokens=False)
+            np.add.at(expected, ids.ids, 1)
+    table = pa.parquet.read_table(tmp_path / "frequencies.parquet").to_pydict()
+    assert table["count"] == expected.tolist()
+    read = dictionaries.read_frequencies(tmp_path / "frequencies.tsv", words.strings)
+    newline = words.strings.index("\n")  # the file has a token a line
+    assert read[newline] == 0 < expected[newline]
+    expected[newline] = 0
+    np.testing.assert_array_equal(read, expected)
+    strict = run(
+        "token_frequencies", *flags[:1], f"--workdir={tmp_path / 'b'}", "--strict"
+    )
+    assert strict.returncode == 1 and "Traceback" not in strict.stderr
+    assert "line 6: no JSON" in strict.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--window=30"], ["--match_tokens"]])
+def test_counts_of_traced_items(place, tmp_path, flags):
+    flags = [*flags, f"--corpus={place}/a.jsonl", "--processes=1"]
+    done = run(
+        "cooccurrence",
+        *flags,
+        f"--trace={place}/items.parquet",
+        f"--workdir={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+    table = pa.parquet.read_table(tmp_path / "items.parquet").to_pydict()
+    texts = [
+        json.loads(line)["text"]
+        for line in (place / "a.jsonl").read_text().splitlines()
+        if line.endswith("}")
+    ]
+
+    def holding(*words: str) -> int:
+        found = (re.search(rf"(?i)\b{w}\b", text) for text in texts for w in words)
+        held = np.reshape([one is not None for one in found], (-1, len(words)))
+        return int(held.all(1).sum())
+
+    with_both = holding("jesus", "yesu")
+    assert with_both > 20 and table["word"][0] == "Jesus"
+    if flags[0].startswith("--corpus"):
+        assert table["count"][0] == with_both
+        assert table["source_count"][0] == holding("jesus")
+    else:  # places within a window, or spelled with the capital alone
+        assert table["count"][0] >= 0.2 * with_both
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["damage"]["skipped"] == 1 and summary["items"] == 12
+    assert 0 <= summary["pairs"]["eng-swh"]["area"]["both words"]["value"] <= 1
+    assert {"scores.png", "areas.png", "correlations.png"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--trace={}/a.jsonl"], "is no items.parquet"),
+        (["--trace={}/nowhere.parquet"], "nowhere.parquet"),
+        (["--trace={}/items.parquet", "--corpus={}/nothing-*"], "no file at"),
+    ],
+)
+def test_bad_input_ends_in_one_paragraph(place, tmp_path, flags, words):
+    flags = [flag.format(place) for flag in flags]
+    done = run("cooccurrence", *flags, f"--workdir={tmp_path}")
+    assert done.returncode == 1, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
