@@ -180,7 +180,7 @@ def _draw(workdir, pairs, items, counted, found) -> None:
         [i for i, pair in enumerate(pairs) if pair == (one.source, one.target)]
         for one in found.pairs
     ]
-    plots.save_panels(
+    plots.save_fits(
         workdir / "scores.png",
         [
             f"{one.source} → {one.target}   r = {one.correlation[_BOTH].value:.2f}"

@@ -56,7 +56,7 @@ def draw_all(folder, rng):
         errors=np.ones((size, 12)),
     )
     names = rng.choice([*labels, "Latin", "Han"], 500).tolist()
-    plots.save_panels(
+    plots.save_fits(
         folder / "panels.png",
         [*labels, "last"],
         [rng.normal(size=(9, 2)) for _ in range(size + 1)],
@@ -107,9 +107,9 @@ def test_nothing_to_show_is_shown_as_nothing(tmp_path):
     plots.save_histogram(tmp_path / "c.png", ["a"], [np.zeros(0)])
     plots.save_curves(tmp_path / "d.png", [], [])
     plots.save_scatter(tmp_path / "e.png", [], np.zeros((0, 2)))
-    plots.save_panels(tmp_path / "f.png", [], [], [])
+    plots.save_fits(tmp_path / "f.png", [], [], [])
     nothing, flat = np.full((1, 2), np.nan), np.ones((3, 2))
-    plots.save_panels(
+    plots.save_fits(
         tmp_path / "g.png", ["a", "b"], [nothing, flat], [["x"], ["x", "y", "y"]]
     )
     assert len(list(tmp_path.iterdir())) == 7
@@ -144,7 +144,7 @@ def test_fonts_are_few_and_enough():
         (lambda p: plots.save_bars(p, ["a"], [1, 2]), r"\(1, 1\).*\(1, 2\)"),
         (lambda p: plots.save_heatmap(p, ["a"], ["b"], np.ones((2, 1))), r"\(2, 1\)"),
         (lambda p: plots.save_histogram(p, ["a"], []), "1 labels; got 0"),
-        (lambda p: plots.save_panels(p, ["a"], [], []), "got 1, 0 and 0"),
+        (lambda p: plots.save_fits(p, ["a"], [], []), "got 1, 0 and 0"),
         (lambda p: plots.save_curves(p, ["a"], np.ones((2, 3))), "1 labels; got 2"),
         (lambda p: plots.save_curves(p, ["a"], [[1, 2]], x=[1]), "length of `x`"),
         (lambda p: plots.save_scatter(p, ["a"], np.ones((1, 3))), r"\(1, 3\)"),

@@ -427,7 +427,7 @@ def save_scatter(
             handle.set_sizes([28])
 
 
-def save_panels(
+def save_fits(
     path: Path,
     names: Sequence[str],
     points: Sequence[np.ndarray],
