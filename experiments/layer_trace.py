@@ -24,6 +24,7 @@ target, word and answer are what corpus counts are joined on.
 import collections
 import hashlib
 import warnings
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
     digest = hashlib.sha256(repr(task).encode(errors="surrogatepass")).hexdigest()
     run = common.begin("layer_trace", {"task": digest})
     word_translation.save_task(task, run.workdir / "task.json")
-    prompts = dict(
+    prompts: dict[str, Any] = dict(
         shots=common.SHOTS.value,
         seed=common.SEED.value,
         language_tokens=common.entries(common.LANGUAGE_TOKENS.value, "language_tokens")

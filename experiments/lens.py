@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
         targets=targets,
         groups=np.concatenate([group.weights for group in groups.values()]),
     )
-    top = np.asarray(found.top_tokens)
+    top, entropy = np.asarray(found.top_tokens), np.asarray(found.entropy)
     said = lens.project(view, hidden, targets=top[..., 0].T)
     lines = np.exp(np.asarray(said.target_log_probs))
     depth = len(top)
@@ -120,10 +120,10 @@ def main(argv: list[str]) -> None:
         top,
         np.exp(np.asarray(found.top_log_probs)),
         layers=[str(i) for i in range(depth)],
-        targets=targets,
+        targets=targets.tolist(),
         ranks=np.asarray(found.target_ranks)[..., 0],
         target_probabilities=np.exp(np.asarray(found.target_log_probs)[..., 0]),
-        entropy=np.asarray(found.entropy),
+        entropy=entropy,
         kl=np.asarray(found.kl_to_final),
         lines=lines,
         masked=masked,
@@ -151,8 +151,7 @@ def main(argv: list[str]) -> None:
     }
     common.finish(run, summary)
     rows = [
-        [i, *tops[i], found.entropy[i, place].item(), int(ranks[i]) + 1]
-        for i in range(depth)
+        [i, *tops[i], entropy[i, place].item(), int(ranks[i]) + 1] for i in range(depth)
     ]
     print(f"{view.reading}, after {spelled[read[0][place]]!r}:")
     print(
@@ -260,7 +259,7 @@ def _draw_tokens(workdir, view, top, lines, spelled) -> list[list]:
     """Curves of the tokens that are top at any layer; each layer's top token."""
     depth = len(top)
     first = {int(token): m for m, token in reversed(list(enumerate(top)))}
-    order = sorted(first, key=first.get)
+    order = sorted(first, key=lambda token: first[token])
     plots.save_curves(
         workdir / "tokens.png",
         [spelled[token] for token in order],

@@ -175,7 +175,7 @@ def recipe_of_flags(**demo_settings: Any) -> training.Recipe:
     recipe = _RECIPES[_RECIPE.value]
     if _RECIPE.value == "demo":
         recipe = recipe._replace(**demo_settings)
-    given = {name: flag.value for name, flag in _SETTINGS.items()}
+    given: dict[str, Any] = {name: flag.value for name, flag in _SETTINGS.items()}
     recipe = recipe._replace(**{k: v for k, v in given.items() if v is not None})
     shuffle = recipe.seed is not None if _SHUFFLE.value is None else _SHUFFLE.value
     recipe = recipe._replace(seed=common.SEED.value if shuffle else None)

@@ -88,7 +88,7 @@ def classify(
             own = {*source_tokens[i], *answer_tokens[i]}
             foreign[:, i] = ~np.isin(top_tokens[:, i], list(own))
         firm = foreign & (candidates >= least)
-        found = firm.any(0)
+        found = np.any(firm, axis=0)
         # Where no foreign token is firm, the firmest token of any kind is reported.
         candidates = np.where(firm | ~found, candidates, -np.inf)
     layers = len(candidates)
@@ -128,7 +128,12 @@ def shares(kinds: Sequence[str]) -> Shares:
     judged = len(kinds) - count[SKIPPED]
     share = count[PIVOT] / judged if judged else float("nan")
     return Shares(
-        len(kinds), *(count[k] for k in (CO_OCCURRENCE, PIVOT, NONE, SKIPPED)), share
+        len(kinds),
+        count[CO_OCCURRENCE],
+        count[PIVOT],
+        count[NONE],
+        count[SKIPPED],
+        share,
     )
 
 
@@ -226,11 +231,16 @@ def trace(
     back = np.argsort(order)
     arrays, kinds = zip(*parts)
     joined = [np.concatenate(columns, -1)[..., back] for columns in zip(*arrays)]
-    top, probabilities, *masses, layer, token, firmest = joined
+    top, probabilities, source, pivot, answer, layer, token, firmest = joined
     kind = [k for part in kinds for k in part]
     decided = Behaviours([kind[i] for i in back], layer, token, firmest)
     where = np.array(position)
-    return Trace(where, top, probabilities, *masses, decided, sources, answers)
+    return Trace(
+        *(where, top, probabilities, source, pivot, answer),
+        behaviours=decided,
+        source_tokens=sources,
+        answer_tokens=answers,
+    )
 
 
 def word_markers(tokenizer: Any) -> frozenset[int]:

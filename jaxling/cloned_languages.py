@@ -72,7 +72,7 @@ def documents(
     """
     rng = np.random.default_rng(seed)
     while True:
-        original = list(sentences[rng.integers(len(sentences))])
+        original = list(sentences[int(rng.integers(len(sentences)))])
         cloned = clone(original, size)
         if rng.random() < parallel_share:
             first, second = (
@@ -183,8 +183,10 @@ def agreement(
         ]
     rows, columns, lengths = np.array(places).T
 
-    states = [_residuals(model, side)[:, rows, columns] for side in tokens]
-    cosine, retrieved = _alike(*states, tokens[0][rows, columns])
+    own_states, other_states = (
+        _residuals(model, side)[:, rows, columns] for side in tokens
+    )
+    cosine, retrieved = _alike(own_states, other_states, tokens[0][rows, columns])
 
     asked = columns + lengths  # predicts the translation of the word at `columns`
     hidden = jnp.concatenate([_residuals(model, p)[:, rows, asked] for p in pairs], 1)

@@ -186,12 +186,12 @@ def pairwise_accuracy(
     Each category gives `rows` rows, the same ones for all its pairs, so chance is one
     half everywhere; NaN on the diagonal. Low values are the entangled pairs.
     """
-    categories = np.asarray(categories, dtype=object)
+    of_row = np.asarray(categories, dtype=object)
     state = np.random.RandomState(seed)
     labels = np.full(len(categories), -1)
     fold = np.full(len(categories), -1)
     for c, name in enumerate(names):
-        own = state.choice(np.flatnonzero(categories == name), rows, replace=False)
+        own = state.choice(np.flatnonzero(of_row == name), rows, replace=False)
         labels[own], fold[own] = c, np.arange(rows) * folds // rows
     pairs = kernels.one_vs_one(labels)
     fit = kernels.fit_logistic(x, kernels.leave_folds_out(pairs, fold, folds), l2=l2)
@@ -208,7 +208,7 @@ def pairwise_accuracy(
 
 def transfer_matrix(
     x,
-    groups: Sequence[str],
+    groups: Sequence[str] | np.ndarray,
     labels,
     items,
     *,
@@ -298,8 +298,8 @@ def probe_layers(
         both.append(Task(rows, random[rows]))
     found = cross_validate(x, both, folds=[fold[task.rows] for task in both])
     accuracy = found.scores.accuracy
-    task, other = accuracy[:, : len(tasks)], accuracy[:, len(tasks) :]
-    task, other = over_folds(task), over_folds(other)
+    task = over_folds(accuracy[:, : len(tasks)])
+    other = over_folds(accuracy[:, len(tasks) :])
     return LayerProbes(
         list(tasks),
         [len(own.rows) for own in tasks.values()],
@@ -346,10 +346,10 @@ def transfer_by_layer(
       ValueError: fewer than two groups or labels are left.
     """
     names, code = np.unique(np.asarray(labels, dtype=object), return_inverse=True)
-    groups, items = np.asarray(groups, dtype=object), np.asarray(items, dtype=object)
-    counts = {g: np.bincount(code[groups == g], minlength=len(names)) for g in groups}
+    group, items = np.asarray(groups, dtype=object), np.asarray(items, dtype=object)
+    counts = {g: np.bincount(code[group == g], minlength=len(names)) for g in groups}
     dropped = sorted(g for g, count in counts.items() if count.min() < folds)
-    kept = np.flatnonzero(~np.isin(groups, dropped))
+    kept = np.flatnonzero(~np.isin(group, dropped))
     if len(names) < 2 or len(counts) - len(dropped) < 2:
         raise ValueError(
             "Transfer needs two groups with at least"
@@ -358,11 +358,11 @@ def transfer_by_layer(
         )
     x = np.asarray(x)[:, kept]
     if centred:
-        _, group = np.unique(groups[kept], return_inverse=True)
-        for g in range(group.max() + 1):
-            x[:, group == g] -= x[:, group == g].mean(axis=1, keepdims=True)
+        _, own = np.unique(group[kept], return_inverse=True)
+        for g in range(own.max() + 1):
+            x[:, own == g] -= x[:, own == g].mean(axis=1, keepdims=True)
     found, accuracy = transfer_matrix(
-        x, groups[kept], code[kept], items[kept], folds=folds, seed=seed
+        x, group[kept], code[kept], items[kept], folds=folds, seed=seed
     )
     diagonal = np.eye(len(found), dtype=bool)
     return Transfer(
@@ -396,7 +396,7 @@ def over_folds(values, *, confidence: float = 0.95) -> Interval:
     return Interval(mean, values.std(axis=-1), low, high)
 
 
-def summary(tasks: Mapping[str, Task], accuracy: np.ndarray) -> list[dict]:
+def summary(tasks: Mapping[str, Task], accuracy) -> list[dict]:
     """A record per task: rows, mean accuracy over folds, its spread and interval."""
     interval = over_folds(accuracy)
     return [

@@ -77,6 +77,13 @@ def fit_map(kind: str, source: np.ndarray, target: np.ndarray, pairs: np.ndarray
     raise ValueError(f"`kind` must be one of {MAPS}; got {kind!r}.")
 
 
+class Translations(NamedTuple):
+    """The best targets of each source row, as numbers on the host."""
+
+    scores: np.ndarray
+    indices: np.ndarray
+
+
 def translate(
     source: np.ndarray,
     target: np.ndarray,
@@ -85,7 +92,7 @@ def translate(
     method: str = "csls",
     neighborhood: int = 10,
     inverse_temperature: float = 30.0,
-) -> kernels.Neighbors:
+) -> Translations:
     """The k best targets of every source row.
 
     - `nearest`: by cosine.
@@ -105,9 +112,9 @@ def translate(
       inverse_temperature: of the inverted softmax.
 
     Returns:
-      `Neighbors`: scores and indices `[n, k]`, best first; -1 and NaN at empty slots:
-      beyond the last target, and in the rows of zero vectors, which are nobody's
-      translation either.
+      Scores and indices `[n, k]`, best first; -1 and NaN at empty slots: beyond the
+      last target, and in the rows of zero vectors, which are nobody's translation
+      either.
 
     Raises:
       ValueError: an unknown method, or arguments that do not fit.
@@ -125,7 +132,7 @@ def translate(
         found = _by_margin(found, x, y, neighborhood)
     else:
         raise ValueError(f"`method` must be one of {METHODS}; got {method!r}.")
-    return kernels.Neighbors(
+    return Translations(
         np.asarray(found.scores)[:n, :k], np.asarray(found.indices)[:n, :k]
     )
 
@@ -164,7 +171,7 @@ def _inverted_softmax(source, target, k, inverse_temperature):
     )
 
 
-def _by_margin(found, source, target, neighborhood) -> kernels.Neighbors:
+def _by_margin(found, source, target, neighborhood) -> Translations:
     """Orders each row's nearest targets by the ratio margin."""
     scores, indices = np.array(found.scores), np.asarray(found.indices)
     nearest = min(neighborhood, scores.shape[1])
@@ -178,7 +185,7 @@ def _by_margin(found, source, target, neighborhood) -> kernels.Neighbors:
     order = np.lexsort((indices, -scores), axis=-1)
     scores = np.take_along_axis(scores, order, 1)
     scores[~np.isfinite(scores)] = np.nan
-    return kernels.Neighbors(scores, np.take_along_axis(indices, order, 1))
+    return Translations(scores, np.take_along_axis(indices, order, 1))
 
 
 def _mean(scores: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -304,7 +304,7 @@ def _digest(ids: np.ndarray | None) -> str | None:
 def _save(path: pathlib.Path, inputs: dict, bands: int, best: _Lists) -> None:
     """Replaces the state's file: its checksum, its description, scores, indices."""
     header = json.dumps({"inputs": inputs, "bands": bands}, sort_keys=True).encode()
-    parts = [header + b"\n", memoryview(best.scores), memoryview(best.indices)]
+    parts: list[Any] = [header + b"\n", best.scores.data, best.indices.data]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

@@ -68,9 +68,10 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
         except Exception as error:  # the only type it raises
             raise ValueError(f"{path} is no tokenizer: {error}") from None
     else:
-        found = getattr(_by_transformers(folder), "backend_tokenizer", None)
-        if found is None:
+        backend = getattr(_by_transformers(folder), "backend_tokenizer", None)
+        if backend is None:
             raise ValueError(f"transformers has no fast tokenizer for {folder}.")
+        found = backend
     found.no_padding()
     found.no_truncation()
     return found

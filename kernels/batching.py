@@ -250,7 +250,7 @@ def _fill(one: Batch, tile: Tile, block: int, number: int, group: int) -> int:
     one.labels[at, :columns] = np.where(
         real[:, None], tile.labels[:, place].swapaxes(0, 1), -1
     )
-    if tile.weights is not None:
+    if tile.weights is not None and one.weights is not None:
         if tile.weights.ndim == 2:
             one.weights[at, :columns] = tile.weights[:, place].swapaxes(0, 1)
         else:

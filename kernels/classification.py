@@ -24,11 +24,11 @@ class Scores(NamedTuple):
     `rows` counts the rows; `auc` is NaN for more than two classes.
     """
 
-    rows: Array
-    accuracy: Array
-    balanced_accuracy: Array
-    f1: Array
-    auc: Array
+    rows: Array | np.ndarray
+    accuracy: Array | np.ndarray
+    balanced_accuracy: Array | np.ndarray
+    f1: Array | np.ndarray
+    auc: Array | np.ndarray
 
 
 def decision(

@@ -112,9 +112,9 @@ def spread(ranks: np.ndarray, groups: Groups, width: int) -> np.ndarray:
             ]
             for g in group[i][at_cut[i]]
         ]
-        tied = np.sort(np.concatenate(tied))
+        members = np.sort(np.concatenate(tied))
         first = int(before[i][at_cut[i]].min())
-        value = np.repeat(closeness[i, last[i]], len(tied))
-        chosen = ranking.encode(value, tied)[: width - first]
+        value = np.repeat(closeness[i, last[i]], len(members))
+        chosen = ranking.encode(value, members)[: width - first]
         out[i, first : first + len(chosen)] = chosen
     return np.sort(out, axis=1)

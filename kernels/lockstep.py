@@ -282,7 +282,7 @@ class _Units(NamedTuple):
     """The blocks that a pass visits: the first `count` of `blocks`, and their share."""
 
     blocks: Int[Array, " b"]
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]  # a tuple has a method of that name
     share: Float[Array, " b"]
 
 

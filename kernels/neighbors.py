@@ -76,16 +76,15 @@ def nearest_neighbors(
     Raises:
       ValueError: an argument has the wrong shape, dtype or value.
     """
-    queries = _matrix("queries", queries)
-    keys = _matrix("keys", keys)
-    if queries.shape[1] != keys.shape[1]:
+    x, y = _matrix("queries", queries), _matrix("keys", keys)
+    if x.shape[1] != y.shape[1]:
         raise ValueError(
             "`queries` and `keys` must have the same number of columns;"
-            f" got {queries.shape} and {keys.shape}."
+            f" got {x.shape} and {y.shape}."
         )
     _check(k, metric)
     chosen = dispatch.select("nearest_neighbors", _NEAREST, implementation, _ORDER)
-    found = chosen(queries, keys, k=k, metric=metric, named=implementation)
+    found = chosen(x, y, k=k, metric=metric, named=implementation)
     return found if with_proof else found[0]
 
 
@@ -136,21 +135,21 @@ def cross_neighbors(
     Raises:
       ValueError: an argument has the wrong shape, dtype or value.
     """
-    a, b = _matrix("a", a), _matrix("b", b)
-    if a.shape[1] != b.shape[1]:
+    x, y = _matrix("a", a), _matrix("b", b)
+    if x.shape[1] != y.shape[1]:
         raise ValueError(
             "`a` and `b` must have the same number of columns;"
-            f" got {a.shape} and {b.shape}."
+            f" got {x.shape} and {y.shape}."
         )
     _check(k, metric)
-    for name, best, rows in (("best_a", best_a, a), ("best_b", best_b, b)):
+    for name, best, rows in (("best_a", best_a, x), ("best_b", best_b, y)):
         if best is not None and best.scores.shape != (rows.shape[0], k):
             raise ValueError(
                 f"`{name}` must hold [{rows.shape[0]}, {k}] neighbours;"
                 f" got {best.scores.shape}."
             )
     chosen = dispatch.select("cross_neighbors", _CROSS, implementation, _ORDER)
-    return chosen(a, b, best_a, best_b, k=k, metric=metric, named=implementation)
+    return chosen(x, y, best_a, best_b, k=k, metric=metric, named=implementation)
 
 
 def csls_neighbors(
@@ -257,7 +256,7 @@ def k_occurrence(indices: Int[ArrayLike, "n k"], keys: int) -> Int[Array, " m"]:
     return jnp.zeros(keys, jnp.int32).at[slots].add(1, mode="drop")
 
 
-def _ordered(found: Neighbors, metric: pairs.Metric) -> Neighbors:
+def _ordered(found: Neighbors, metric: str) -> Neighbors:
     """Best first; equal scores by index; empty slots last."""
     empty = found.indices < 0
     cost = found.scores if metric == "l2" else -found.scores
@@ -271,13 +270,14 @@ def _ordered(found: Neighbors, metric: pairs.Metric) -> Neighbors:
 
 def _matrix(name: str, x: ArrayLike) -> Any:
     """`x` as it is where it has a dtype (it may be a memory map), checked."""
-    if not hasattr(x, "dtype"):
-        x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"`{name}` must be floating; got {x.dtype}.")
-    if x.ndim != 2:
-        raise ValueError(f"`{name}` must be [rows, features]; got shape {x.shape}.")
-    return x
+    matrix: Any = x if hasattr(x, "dtype") else jnp.asarray(x)
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):
+        raise ValueError(f"`{name}` must be floating; got {matrix.dtype}.")
+    if matrix.ndim != 2:
+        raise ValueError(
+            f"`{name}` must be [rows, features]; got shape {matrix.shape}."
+        )
+    return matrix
 
 
 def _check(k: int, metric: str, name: str = "k") -> None:
@@ -290,9 +290,8 @@ def _scored(queries, keys, indices, metric) -> Neighbors:
     """Final scores of found neighbours: outside of the search, so that they have
     gradients."""
     closeness = topk.pair_scores(queries, keys, indices, metric)
-    exponent = queries.exponent + keys.exponent[:1] if metric == "dot" else None
-    if metric != "dot":
-        exponent = 2 * queries.exponent
+    dot = metric == "dot"
+    exponent = queries.exponent + (keys.exponent[:1] if dot else queries.exponent)
     scores = pairs.score(closeness, exponent, metric)
     return _ordered(Neighbors(scores, indices), metric)
 

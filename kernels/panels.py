@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,8 @@ class Side:
             prefilter.bound(block, other.largest, norm, chosen.metric)
             for block in panel.blocks
         ]
-        self.thresholds: list[Array] = [None] * len(panel.blocks)
+        # Of each block; read before it is set only by a mistake.
+        self.thresholds: list[Any] = [None] * len(panel.blocks)
         self.floor = np.full(len(panel.ids), -np.inf, np.float32)
         self.level: np.ndarray | None = None
         reach = 0.05 * float(other.largest.centred)

@@ -32,7 +32,7 @@ class Problems(NamedTuple):
     """`count` problems of `classes` classes, as tiles of rows x columns."""
 
     tiles: tuple[Tile, ...]
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of that name
     classes: int = 2
 
 

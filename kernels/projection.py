@@ -8,7 +8,7 @@ rows last: every reduction over the vocabulary then runs along contiguous rows.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -321,7 +321,7 @@ def _tile_of(unembed, bias, groups, i, size, masked) -> _Tile:
 @functools.partial(jax.jit, static_argnames=("options", "layers"))
 def _initial(block: _Block, options, layers, groups) -> dict:
     zeros = jnp.zeros((layers, len(block.rows) // layers), jnp.float32)
-    carry = {"max": zeros + _MASKED, "sum": zeros}
+    carry: dict[str, Any] = {"max": zeros + _MASKED, "sum": zeros}
     if options.entropy:
         carry["weighted"] = zeros
     if options.divergence:

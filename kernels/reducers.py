@@ -151,7 +151,7 @@ def group_mass(groups: ArrayLike, count: int) -> Reducer:
 class _Above(NamedTuple):
     threshold: Float[Array, " r"]
     excluded: Int[Array, " r"]
-    count: Int[Array, " r"]
+    count: Int[Array, " r"]  # type: ignore[assignment]  # a tuple has a method of that name
 
 
 def count_above(threshold: ArrayLike, exclude: ArrayLike | None = None) -> Reducer:

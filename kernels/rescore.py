@@ -40,12 +40,10 @@ def scored(
     calls = -(-total // (_STEPS * _CHUNK))
     shift = (np.cumsum(segments) - segments) * _SEGMENT - (np.cumsum(held) - held)
     slot = np.arange(len(i), dtype=np.int32) + shift.astype(np.int32)[i]
-    partners = np.zeros(calls * _STEPS * _CHUNK * _SEGMENT, np.int32)
-    partners[slot] = keys.ids[j]
-    partners = partners.reshape(calls, _STEPS, _CHUNK, _SEGMENT)
-    owners = np.zeros(calls * _STEPS * _CHUNK, np.int32)
-    owners[:total] = np.repeat(rows.ids, segments)
-    owners = owners.reshape(calls, _STEPS, _CHUNK)
+    partners = np.zeros((calls, _STEPS, _CHUNK, _SEGMENT), np.int32)
+    partners.reshape(-1)[slot] = keys.ids[j]
+    owners = np.zeros((calls, _STEPS, _CHUNK), np.int32)
+    owners.reshape(-1)[:total] = np.repeat(rows.ids, segments)
     scores = np.empty(partners.shape, np.float32)
 
     def score(call: int) -> None:

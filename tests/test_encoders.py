@@ -239,7 +239,7 @@ def test_repositories_of_a_family_differ_in_names(tmp_path, build):
         }
 
     model = models.load(rewritten(path, tmp_path / "old", old))
-    assert model.head.unembedding is None  # stored twice, kept once
+    assert model.unembedding is None  # stored twice, kept once
     np.testing.assert_array_equal(model(tokens, mask), expected)
 
     def bare(whole):

@@ -51,7 +51,9 @@ def interleaved(
     Whoever shares this process is called once before (compilation); a call must
     return finished results.
     """
-    first, seconds, results = {}, {name: [] for name in contestants}, {}
+    first: dict[str, float | None] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    results: dict[str, Any] = {}
     for name, call in contestants.items():
         first[name] = None if isinstance(call, Sibling) else _timed(call)[0]
     for _ in range(repeats):
@@ -130,7 +132,10 @@ def _watched(prepare: Callable[..., Callable[[], Any]], *args: Any):
 
 def _status(field: str) -> float:
     text = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", text).group(1)) / 1024
+    found = re.search(rf"{field}:\s+(\d+) kB", text)
+    if found is None:
+        raise OSError(f"/proc/self/status has no {field}.")
+    return int(found.group(1)) / 1024
 
 
 def record(

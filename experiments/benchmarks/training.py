@@ -90,8 +90,8 @@ def main(argv) -> None:
         for name, make in (("jaxling", ours), ("torch", theirs))
     }
     losses = {name: [step(), step()] for name, step in loops.items()}
-    wall = {name: [] for name in loops}
-    processor = {name: [] for name in loops}
+    wall: dict[str, list[float]] = {name: [] for name in loops}
+    processor: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(_ROUNDS.value):
         for name, step in loops.items():
             began, used = time.perf_counter(), time.process_time()

@@ -64,8 +64,8 @@ def initial_embedding(
     weighted = _unit(np.log1p(counts) * rarity[:, None])
     meaning = _unit(_singular(weighted, width - _LANGUAGE_WIDTH - 1, rng))
     spread = rng.standard_normal((len(languages), _LANGUAGE_WIDTH), np.float32)
-    language = _unit(_unit(share) @ spread)
-    rows = np.concatenate([_WEIGHTS[0] * meaning, _WEIGHTS[1] * language], 1)
+    origin = _unit(_unit(share) @ spread)
+    rows = np.concatenate([_WEIGHTS[0] * meaning, _WEIGHTS[1] * origin], 1)
     empty = total == 0
     rows[empty] += 0.6 * _unit(
         rng.standard_normal((empty.sum(), rows.shape[1]), np.float32)

@@ -1,5 +1,7 @@
 """The demo models before training: their shape, and what their first weights know."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,9 +62,11 @@ def initial_model(
     rng = np.random.default_rng(seed)
     new = models.build(config(tokenizer.get_vocab_size(), width), jax.random.key(seed))
     table = embedding.initial_embedding(tokenizer, verses, width, rng)
-    new.embedding[...] = jnp.asarray(table)
-    new.decoder.final_norm.scale[...] = jnp.asarray(embedding.output_gain(width))
-    attention, mlp = new.decoder.blocks.attention, new.decoder.blocks.mlp
+    llama: Any = new  # it has every part that is named here
+    llama.embedding[...] = jnp.asarray(table)
+    stack = llama.decoder
+    stack.final_norm.scale[...] = jnp.asarray(embedding.output_gain(width))
+    attention, mlp = stack.blocks.attention, stack.blocks.mlp
 
     def fill(parameter, values):
         shape = parameter[...].shape

@@ -51,7 +51,7 @@ def verses(split: str | None = None) -> Verses:
     """
     everything = _all_verses()
     if split is None:
-        keep = range(len(everything.names))
+        keep = list(range(len(everything.names)))
     elif split in ("train", "held_out"):
         keep = [
             row

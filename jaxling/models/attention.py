@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from . import positions
 from .cache import Tap
-from .layers import Linear, Norm, Spec, normal, product, softcap
+from .layers import Linear, Norm, Relative, Spec, normal, product, softcap
 
 
 class Sight(NamedTuple):
@@ -118,16 +118,18 @@ class Attention(nnx.Module):
         return x if limit is None else jnp.clip(x, -limit, limit)
 
 
-def relative_table(spec: Spec, stack: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
-    return normal(rngs, (*stack, spec.relative.buckets, spec.heads), spec.init_std)
+def relative_table(
+    spec: Spec, kind: Relative, stack: tuple[int, ...], rngs: nnx.Rngs
+) -> nnx.Param:
+    """A parameter `[*stack, bucket, head]`."""
+    return normal(rngs, (*stack, kind.buckets, spec.heads), spec.init_std)
 
 
 def relative_bias(spec: Spec, table: Array, distance: Array) -> Array:
     """The bias `[batch or 1, head, query, key]` from `[bucket, head]`."""
+    kind = spec.relative
+    assert kind is not None, "there is a table only where there is a kind"
     bucket = positions.relative_buckets(
-        -distance,
-        spec.relative.buckets,
-        spec.relative.max_distance,
-        causal=spec.causal,
+        -distance, kind.buckets, kind.max_distance, causal=spec.causal
     )
     return jnp.moveaxis(table[bucket].astype(jnp.float32), -1, 1)

@@ -11,7 +11,8 @@ from . import layers
 from .config import Family
 from .conversion import has, is_tied
 from .encoder import Encoder, Masked
-from .rules import Alias, Ignore, Rule, Rules, linear, linear_of_heads, same, vector
+from .rules import Alias, Ignore, Rules, Table, dense, linear_of_heads, same
+from .rules import norm as plain_norm
 
 ATTRIBUTES = {
     "vocab_size": 30522,
@@ -32,32 +33,17 @@ IGNORED = (
     "pooler_size_per_head", "pooler_type", "tie_word_embeddings",
 )  # fmt: skip
 
-Alternatives = dict[str, Rule | Ignore | Alias]
-
 
 def stack(config: dict[str, Any]) -> layers.Spec:
     """What BERT's own and its relatives' configs say in the same words."""
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    if width % heads:
-        raise ValueError(f"hidden_size {width} is not a multiple of {heads} heads")
-    return layers.Spec(
+    return layers.plain(
         layers=config["num_hidden_layers"],
-        width=width,
-        heads=heads,
-        kv_heads=heads,
-        head_size=width // heads,
+        width=config["hidden_size"],
+        heads=config["num_attention_heads"],
         mlp_width=config["intermediate_size"],
         activation=config["hidden_act"],
-        gated=False,
-        norm="layer",
-        norm_eps=config["layer_norm_eps"],
-        norm_placement="post",
-        final_norm=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        causal=False,
-    )
+        eps=config["layer_norm_eps"],
+    )._replace(norm_placement="post", final_norm=False, causal=False)
 
 
 def spec(config: dict[str, Any]) -> Masked:
@@ -81,31 +67,23 @@ def amend(spec: Masked, checkpoint: Checkpoint) -> Masked:
     )
 
 
-def norm(name: str, path: str) -> Alternatives:
+def norm(name: str, path: str) -> Table:
     """A layer norm, under its present name and under the one of TensorFlow's BERT."""
-    return {
-        f"{name}.weight": same(f"{path}.scale"),
-        f"{name}.bias": same(f"{path}.bias"),
+    return plain_norm(name, path) | {
         f"{name}.gamma": Alias(f"{name}.weight"),
         f"{name}.beta": Alias(f"{name}.bias"),
     }
 
 
-def dense(name: str, path: str) -> Alternatives:
-    """A linear layer with its bias."""
-    return {
-        f"{name}.weight": linear(f"{path}.kernel"),
-        f"{name}.bias": vector(f"{path}.bias"),
-    }
-
-
-def body(prefix: str, norms: dict[str, str]) -> Alternatives:
+def body(prefix: str, norms: dict[str, str]) -> Table:
     """The tensors below the head; `norms` says where the blocks' norms stand."""
     block, to = prefix + "encoder.layer.{layer}.", "encoder.blocks."
     attention = to + "attention."
-    table: Alternatives = {
+    table: Table = {
         f"{prefix}embeddings.word_embeddings.weight": same("embedding"),
-        f"{prefix}embeddings.position_embeddings.weight": same("position_embedding"),
+        f"{prefix}embeddings.position_embeddings.weight": same(
+            "entrance.position_embedding"
+        ),
         f"{prefix}embeddings.token_type_embeddings.weight": same("type_embedding"),
         f"{prefix}embeddings.position_ids": Ignore("recomputed"),
         f"{prefix}embeddings.token_type_ids": Ignore("recomputed"),
@@ -115,10 +93,7 @@ def body(prefix: str, norms: dict[str, str]) -> Alternatives:
         **dense(block + "attention.self.query", attention + "query"),
         **dense(block + "attention.self.key", attention + "key"),
         **dense(block + "attention.self.value", attention + "value"),
-        f"{block}attention.output.dense.weight": linear_of_heads(
-            f"{attention}out.kernel"
-        ),
-        f"{block}attention.output.dense.bias": vector(f"{attention}out.bias"),
+        **dense(block + "attention.output.dense", attention + "out", linear_of_heads),
         **dense(block + "intermediate.dense", to + "mlp.up"),
         **dense(block + "output.dense", to + "mlp.down"),
     }
@@ -132,7 +107,7 @@ NORMS = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.Lay
 
 def rules(spec: Masked) -> Rules:
     table = body("(bert.)", NORMS)
-    table |= norm("(bert.)embeddings.LayerNorm", "embedding_norm")
+    table |= norm("(bert.)embeddings.LayerNorm", "entrance.norm")
     table["cls.seq_relationship.{any}"] = Ignore("a head for another task")
     if spec.head:
         table |= dense("cls.predictions.transform.dense", "head.dense")
@@ -141,18 +116,18 @@ def rules(spec: Masked) -> Rules:
     return table
 
 
-def unembedding(spec: Masked, name: str) -> Alternatives:
+def unembedding(spec: Masked, name: str) -> Table:
     """The last product of a head; what is tied is stored twice in old files."""
     own, inner = f"{name}.bias", f"{name}.decoder.bias"
     if spec.tied:
         return {
             f"{name}.decoder.weight": Ignore("tied: it is the embedding"),
-            own: same("head.bias"),
+            own: same("bias"),
             inner: Alias(own),
         }
     return {
-        f"{name}.decoder.weight": same("head.unembedding"),
-        inner: same("head.bias"),
+        f"{name}.decoder.weight": same("unembedding"),
+        inner: same("bias"),
         own: Alias(inner, copy=False),  # where both are there, this one is unused
     }
 

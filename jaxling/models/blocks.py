@@ -36,15 +36,19 @@ class Block(nnx.Module):
             after = spec.norm_placement in ("output", "both")
             setattr(self, part + "_norm", Norm(spec, stack) if own else None)
             setattr(self, part + "_output_norm", Norm(spec, stack) if after else None)
-        own = spec.relative is not None and spec.relative.per_layer
-        self.relative = relative_table(spec, stack, rngs) if own else None
+        kind = spec.relative
+        self.relative = (
+            relative_table(spec, kind, stack, rngs)
+            if kind is not None and kind.per_layer
+            else None
+        )
 
     def __call__(
         self,
         x: Array,
         tap: Tap,
         sight: Sight,
-        memory_sight: Sight | None,
+        across: Sight | None,
         ropes: tuple[Array, Array] | None,
         start: Array | int,
         layer: LayerInputs,
@@ -71,7 +75,8 @@ class Block(nnx.Module):
 
         def attend_across(y: Array) -> Array:
             within = lambda name, value: tap(f"cross_attn.{name}", value)  # noqa: E731
-            return self.cross(y, layer.memory, memory_sight, within)[0]
+            assert layer.memory is not None and across is not None
+            return self.cross(y, layer.memory, across, within)[0]
 
         x = tap("hook_resid_pre", x)
         stream = x
@@ -110,8 +115,12 @@ class Stack(nnx.Module):
         self.spec = spec
         self.blocks = Block(spec, rngs)
         self.final_norm = Norm(spec) if spec.final_norm else None
-        shared = spec.relative is not None and not spec.relative.per_layer
-        self.relative = relative_table(spec, (), rngs) if shared else None
+        kind = spec.relative
+        self.relative = (
+            relative_table(spec, kind, (), rngs)
+            if kind is not None and not kind.per_layer
+            else None
+        )
 
     def sight(
         self,
@@ -139,11 +148,15 @@ class Stack(nnx.Module):
         distance = query_positions[:, :, None] - key_positions[:, None, :]
         bias: Array | None = None
         if self.spec.alibi:
-            slopes = positions.alibi_slopes(self.spec.heads)[:, None, None]
-            bias = slopes * -distance[:, None].astype(jnp.float32)
+            slopes = jnp.asarray(positions.alibi_slopes(self.spec.heads))
+            bias = slopes[:, None, None] * -distance[:, None].astype(jnp.float32)
         if self.relative is not None:
             bias = relative_bias(self.spec, self.relative[...], distance)
         return Sight(allowed[:, None], distance, bias)
+
+    def finish(self, x: Array) -> Array:
+        """The stream after the final norm, where there is one."""
+        return x if self.final_norm is None else self.final_norm(x)
 
     def memory(self, encoded: Array) -> tuple[Array, Array]:
         """Keys and values `[layer, batch, position, head, size]` of another stack."""

@@ -5,19 +5,10 @@ BigScience, 2022, https://arxiv.org/abs/2211.05100. Any length is allowed.
 
 from typing import Any
 
-from . import layers, llama
+from . import gpt_neox, layers
 from .config import Family
 from .decoder import Decoder, Language
-from .rules import (
-    Ignore,
-    Rule,
-    Rules,
-    biases_of_three,
-    heads_of_three,
-    linear,
-    linear_of_heads,
-    same,
-)
+from .rules import Rules, norm, same, unembedding
 
 ATTRIBUTES = {
     "vocab_size": 250880,
@@ -49,23 +40,15 @@ IGNORED = (
 
 
 def spec(config: dict[str, Any]) -> Language:
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    stack = layers.Spec(
+    width = config["hidden_size"]
+    stack = layers.plain(
         layers=config["num_hidden_layers"],
         width=width,
-        heads=heads,
-        kv_heads=heads,
-        head_size=llama.head_size(config),
+        heads=config["num_attention_heads"],
         mlp_width=4 * width,
         activation="gelu_new",
-        gated=False,
-        norm="layer",
-        norm_eps=config["layer_norm_epsilon"],
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        alibi=True,
-    )
+        eps=config["layer_norm_epsilon"],
+    )._replace(alibi=True)
     return Language(
         stack=stack,
         vocabulary=config["vocab_size"],
@@ -76,30 +59,14 @@ def spec(config: dict[str, Any]) -> Language:
 
 
 def rules(spec: Language) -> Rules:
-    name, path = "(transformer.)h.{layer}.", "decoder.blocks."
-    three, out = name + "self_attention.query_key_value.", path + "attention.out."
-    table: dict[str, Rule | Ignore] = {
+    name = "(transformer.)h.{layer}."
+    return {
         "(transformer.)word_embeddings.weight": same("embedding"),
-        "lm_head.weight": Ignore("tied: it is the embedding")
-        if spec.tied
-        else same("unembedding"),
-        three + "weight": heads_of_three(path + "attention"),
-        three + "bias": biases_of_three(path + "attention"),
-        name + "self_attention.dense.weight": linear_of_heads(out + "kernel"),
-        name + "self_attention.dense.bias": same(out + "bias"),
+        **unembedding("lm_head.weight", spec.tied),
+        **gpt_neox.block_rules(name, name + "self_attention."),
+        **norm("(transformer.)word_embeddings_layernorm", "entrance.norm"),
+        **norm("(transformer.)ln_f", "decoder.final_norm"),
     }
-    for part, own in (("dense_h_to_4h", "up"), ("dense_4h_to_h", "down")):
-        table[f"{name}mlp.{part}.weight"] = linear(f"{path}mlp.{own}.kernel")
-        table[f"{name}mlp.{part}.bias"] = same(f"{path}mlp.{own}.bias")
-    for leaf, own in (("weight", "scale"), ("bias", "bias")):
-        rule = same(f"embedding_norm.{own}")
-        table[f"(transformer.)word_embeddings_layernorm.{leaf}"] = rule
-        rule = same(f"{path}attention_norm.{own}")
-        table[f"{name}input_layernorm.{leaf}"] = rule
-        rule = same(f"{path}mlp_norm.{own}")
-        table[f"{name}post_attention_layernorm.{leaf}"] = rule
-        table[f"(transformer.)ln_f.{leaf}"] = same(f"decoder.final_norm.{own}")
-    return table
 
 
 FAMILY = Family(Decoder, ATTRIBUTES, FIXED, spec, rules, IGNORED, ALIASES)

@@ -84,6 +84,7 @@ def _plan(
         layer = None if layer is None else int(layer)
         if isinstance(rule, Alias):
             alias, rule = rule, rules[rule.of]
+            assert isinstance(rule, Rule), f"{alias} is of no tensor that is read"
             if layer in plan[rule.paths[0]]:
                 original = plan[rule.paths[0]][layer].tensor
                 if alias.copy and not _equal(checkpoint, tensor, original):
@@ -158,7 +159,8 @@ def _fill(
         stored = [checkpoint.dtype(slot.tensor) for slot in slots.values()]
         dtype = jnp.result_type(*stored)
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = (slice(None),) * len(shape) if index is None else index
         sizes = [len(range(n)[at]) for n, at in zip(shape, index)]
         values = aligned(sizes, np.dtype(dtype))
         for layer, slot in slots.items():
@@ -172,7 +174,7 @@ def _fill(
         return values
 
     if mesh is None:
-        return jax.device_put(read((slice(None),) * len(shape)))
+        return jax.device_put(read(None))
     return jax.make_array_from_callback(shape, sharding(shape, slots, mesh), read)
 
 

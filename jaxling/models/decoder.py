@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from . import blocks, layers, model, positions
-from .cache import Taps, untapped
+from .cache import Tap, Taps, untapped
 
 
 class Language(NamedTuple):
@@ -37,68 +37,38 @@ class Decoder(model.Model):
 
     def __init__(self, spec: Language, config_json: str, *, rngs: nnx.Rngs):
         self.spec, self.config_json = spec, config_json
-        width, std = spec.stack.width, spec.stack.init_std
-        table = lambda rows: layers.normal(rngs, (rows, width), std)  # noqa: E731
-        learned, rows = spec.positions == "learned", spec.vocabulary
-        self.embedding = table(rows)
-        self.position_embedding = (
-            table(spec.length + spec.position_offset) if learned else None
+        stack, rows = spec.stack, spec.vocabulary
+        shape, std = (rows, stack.width), stack.init_std
+        self.embedding = layers.normal(rngs, shape, std)
+        self.entrance = layers.Entrance(
+            stack,
+            spec.positions,
+            rows=(spec.length or 0) + spec.position_offset,
+            offset=spec.position_offset,
+            norm=spec.embedding_norm,
+            rngs=rngs,
         )
-        self.embedding_norm = layers.Norm(spec.stack) if spec.embedding_norm else None
-        self.decoder = blocks.Stack(spec.stack, rngs)
-        self.unembedding = None if spec.tied else table(rows)
+        self.decoder = blocks.Stack(stack, rngs)
+        self.unembedding = None if spec.tied else layers.normal(rngs, shape, std)
         self.bias = nnx.Param(jnp.zeros(rows)) if spec.unembed_bias else None
 
     def embed(
-        self, tokens: Array, positions_of_tokens: Array | None = None, tap=untapped
+        self,
+        tokens: Array,
+        positions_of_tokens: Array | None = None,
+        tap: Tap = untapped,
     ) -> Array:
         """What enters the first block, `[batch, position, d]`."""
-        spec, where = self.spec, positions_of_tokens
+        where = positions_of_tokens
+        where = jnp.arange(tokens.shape[1])[None] if where is None else where
         x = self.embedding[...][tokens]
         # The scale in the dtype of the table: transformers rounds it the same way.
-        x = tap("hook_embed", x * jnp.asarray(spec.embedding_scale, x.dtype))
-        if spec.positions:
-            where = jnp.arange(tokens.shape[1])[None] if where is None else where
-            where = where + spec.position_offset
-            if spec.positions == "learned":
-                added = self.position_embedding[...][where]
-            else:
-                added = positions.sinusoids(where, spec.stack.width).astype(x.dtype)
-            x = x + tap("hook_pos_embed", jnp.broadcast_to(added, x.shape))
-        return x if self.embedding_norm is None else self.embedding_norm(x)
+        x = tap("hook_embed", x * jnp.asarray(self.spec.embedding_scale, x.dtype))
+        return self.entrance(x, where, tap)
 
     def final_norm(self, hidden: Array) -> Array:
         """From the residual stream to what the unembedding is multiplied with."""
-        norm = self.decoder.final_norm
-        return hidden if norm is None else norm(hidden)
-
-    def unembed(self, x: Array) -> Array:
-        """Logits of `x` (after `final_norm`), float32 `[..., vocab]`."""
-        logits = layers.product(
-            "...d,vd->...v",
-            x,
-            self.unembed_matrix.astype(x.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        if self.bias is not None:
-            logits = logits + self.bias[...].astype(jnp.float32)
-        return layers.softcap(logits, self.logit_softcap)
-
-    @property
-    def unembed_matrix(self) -> Array:
-        """`[vocab, d]`."""
-        tied = self.unembedding is None
-        return (self.embedding if tied else self.unembedding)[...]
-
-    @property
-    def unembed_bias(self) -> Array | None:
-        """`[vocab]`, or None."""
-        return None if self.bias is None else self.bias[...]
-
-    @property
-    def logit_softcap(self) -> float | None:
-        """The cap of `cap * tanh(logits / cap)`, or None."""
-        return self.spec.logit_softcap
+        return self.decoder.finish(hidden)
 
     def check(
         self, tokens: Array, attention_mask: Array, segment_ids: Array | None = None
@@ -163,9 +133,10 @@ class Decoder(model.Model):
         mine = lax.dynamic_slice_in_dim(where, start, tokens.shape[1], axis=1)
         x = self.embed(tokens, mine)
         sight = self.decoder.sight(mask, mine, where, start=start)
-        x, past = self.decoder(x, sight, mine, Taps(), past=past, start=start)
+        x, grown = self.decoder(x, sight, mine, Taps(), past=past, start=start)
+        assert grown is not None, "a stack that is given a past returns one"
         start = start + tokens.shape[1]
-        return self.final_norm(x), Progress(past, mask, where, start)
+        return self.final_norm(x), Progress(grown, mask, where, start)
 
     def _continue(
         self, tokens: Array, state: "Progress", last: Array

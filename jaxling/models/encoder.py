@@ -25,7 +25,7 @@ class Masked(NamedTuple):
 
 
 class Head(nnx.Module):
-    """Of a masked language model: a product, an activation, a norm; then the words."""
+    """Of a masked language model, all but the words: product, activation, norm."""
 
     def __init__(self, spec: Masked, rngs: nnx.Rngs):
         if spec.head_activation not in layers.ACTIVATIONS:
@@ -34,11 +34,6 @@ class Head(nnx.Module):
         width, std = (spec.stack.width,), spec.stack.init_std
         self.dense = layers.Linear((), width, width, bias=True, std=std, rngs=rngs)
         self.norm = layers.Norm(spec.stack)
-        own = not spec.tied
-        self.unembedding = (
-            layers.normal(rngs, (spec.vocabulary, *width), std) if own else None
-        )
-        self.bias = nnx.Param(jnp.zeros(spec.vocabulary))
 
     def __call__(self, x: Array) -> Array:
         return self.norm(layers.ACTIVATIONS[self.activation](self.dense(x)))
@@ -66,11 +61,20 @@ class Encoder(model.Model):
             return layers.normal(rngs, (rows, stack.width), stack.init_std)
 
         self.embedding = table(spec.vocabulary)
-        self.position_embedding = table(spec.length + spec.position_offset)
         self.type_embedding = table(spec.token_types) if spec.token_types else None
-        self.embedding_norm = layers.Norm(stack) if spec.embedding_norm else None
+        self.entrance = layers.Entrance(
+            stack,
+            "learned",
+            rows=spec.length + spec.position_offset,
+            offset=spec.position_offset,
+            norm=spec.embedding_norm,
+            rngs=rngs,
+        )
         self.encoder = blocks.Stack(stack, rngs)
         self.head = Head(spec, rngs) if spec.head else None
+        own = spec.head and not spec.tied
+        self.unembedding = table(spec.vocabulary) if own else None
+        self.bias = nnx.Param(jnp.zeros(spec.vocabulary)) if spec.head else None
 
     def embed(
         self,
@@ -86,25 +90,12 @@ class Encoder(model.Model):
         if self.type_embedding is not None:
             types = jnp.zeros_like(tokens) if token_type_ids is None else token_type_ids
             x = x + tap("hook_token_type_embed", self.type_embedding[...][types])
-        added = self.position_embedding[...][where + self.spec.position_offset]
-        x = x + tap("hook_pos_embed", jnp.broadcast_to(added, x.shape))
-        return x if self.embedding_norm is None else self.embedding_norm(x)
+        return self.entrance(x, where, tap)
 
     def final_norm(self, hidden: Array) -> Array:
         """From the residual stream to what the unembedding is multiplied with."""
-        norm = self.encoder.final_norm
-        x = hidden if norm is None else norm(hidden)
+        x = self.encoder.finish(hidden)
         return x if self.head is None else self.head(x)
-
-    def unembed(self, x: Array) -> Array:
-        """Logits of `x` (after `final_norm`), float32 `[..., vocab]`."""
-        logits = layers.product(
-            "...d,vd->...v",
-            x,
-            self.unembed_matrix.astype(x.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return logits + self.unembed_bias.astype(jnp.float32)
 
     @property
     def unembed_matrix(self) -> Array:
@@ -115,18 +106,7 @@ class Encoder(model.Model):
         """
         if self.head is None:
             raise ValueError("This encoder was saved without a head: it has no logits.")
-        own = self.head.unembedding
-        return (self.embedding if own is None else own)[...]
-
-    @property
-    def unembed_bias(self) -> Array | None:
-        """`[vocab]`; None where there is no head."""
-        return None if self.head is None else self.head.bias[...]
-
-    @property
-    def logit_softcap(self) -> None:
-        """No encoder has one."""
-        return None
+        return super().unembed_matrix
 
     def check(
         self,

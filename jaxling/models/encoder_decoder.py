@@ -29,30 +29,6 @@ class Pair(NamedTuple):
     start_token: int | None = None  # what a generation begins with
 
 
-class Entrance(nnx.Module):
-    """What a stack adds to the embeddings of its tokens: positions, then a norm."""
-
-    def __init__(self, pair: Pair, stack: layers.Spec, rngs: nnx.Rngs):
-        self.kind, self.offset = pair.positions, pair.position_offset
-        learned, rows = self.kind == "learned", (pair.length or 0) + self.offset
-        self.positions = (
-            layers.normal(rngs, (rows, stack.width), stack.init_std)
-            if learned
-            else None
-        )
-        self.norm = layers.Norm(stack) if pair.embedding_norm else None
-
-    def __call__(self, x: Array, where: Array, tap: Tap) -> Array:
-        if self.kind:
-            where = where + self.offset
-            if self.kind == "learned":
-                added = self.positions[...][where]
-            else:
-                added = positions.sinusoids(where, x.shape[-1]).astype(x.dtype)
-            x = x + tap("hook_pos_embed", jnp.broadcast_to(added, x.shape))
-        return x if self.norm is None else self.norm(x)
-
-
 class EncoderDecoder(model.Model):
     """An encoder-decoder.
 
@@ -65,16 +41,25 @@ class EncoderDecoder(model.Model):
 
     def __init__(self, spec: Pair, config_json: str, *, rngs: nnx.Rngs):
         self.spec, self.config_json = spec, config_json
-        rows, width = spec.vocabulary, spec.decoder.width
-        std = spec.decoder.init_std
-        self.embedding = layers.normal(rngs, (rows, width), std)
-        self.encoder_entrance = Entrance(spec, spec.encoder, rngs)
-        self.decoder_entrance = Entrance(spec, spec.decoder, rngs)
+        rows, std = spec.vocabulary, spec.decoder.init_std
+        shape = (rows, spec.decoder.width)
+
+        def entrance(stack: layers.Spec) -> layers.Entrance:
+            return layers.Entrance(
+                stack,
+                spec.positions,
+                rows=(spec.length or 0) + spec.position_offset,
+                offset=spec.position_offset,
+                norm=spec.embedding_norm,
+                rngs=rngs,
+            )
+
+        self.embedding = layers.normal(rngs, shape, std)
+        self.encoder_entrance = entrance(spec.encoder)
+        self.decoder_entrance = entrance(spec.decoder)
         self.encoder = blocks.Stack(spec.encoder, rngs)
         self.decoder = blocks.Stack(spec.decoder, rngs)
-        self.unembedding = (
-            None if spec.tied else layers.normal(rngs, (rows, width), std)
-        )
+        self.unembedding = None if spec.tied else layers.normal(rngs, shape, std)
         self.bias = nnx.Param(jnp.zeros(rows)) if spec.unembed_bias else None
 
     def embed(
@@ -95,36 +80,8 @@ class EncoderDecoder(model.Model):
 
     def final_norm(self, hidden: Array) -> Array:
         """From the decoder's stream to what the unembedding is multiplied with."""
-        x = self.decoder.final_norm(hidden)
+        x = self.decoder.finish(hidden)
         return x * jnp.asarray(self.spec.output_scale, x.dtype)
-
-    def unembed(self, x: Array) -> Array:
-        """Logits of `x` (after `final_norm`), float32 `[..., vocab]`."""
-        logits = layers.product(
-            "...d,vd->...v",
-            x,
-            self.unembed_matrix.astype(x.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        if self.bias is not None:
-            logits = logits + self.bias[...].astype(jnp.float32)
-        return logits
-
-    @property
-    def unembed_matrix(self) -> Array:
-        """`[vocab, d]`."""
-        tied = self.unembedding is None
-        return (self.embedding if tied else self.unembedding)[...]
-
-    @property
-    def unembed_bias(self) -> Array | None:
-        """`[vocab]`, or None."""
-        return None if self.bias is None else self.bias[...]
-
-    @property
-    def logit_softcap(self) -> None:
-        """No encoder-decoder has one."""
-        return None
 
     def check(
         self,
@@ -184,7 +141,7 @@ class EncoderDecoder(model.Model):
         x = self.embed(tokens, where, _prefixed(taps, "encoder."), "encoder")
         sight = self.encoder.sight(attention_mask, where, where)
         x, _ = self.encoder(x, sight, where, taps, prefix="encoder.")
-        return taps("encoder.ln_final.hook_normalized", self.encoder.final_norm(x))
+        return taps("encoder.ln_final.hook_normalized", self.encoder.finish(x))
 
     def prompt(self, tokens: Array, decoder_tokens: ArrayLike | None) -> Array:
         """What `generate` continues."""
@@ -224,7 +181,7 @@ class EncoderDecoder(model.Model):
         (past, mask, where, start), memory, memory_mask = state
         mine = lax.dynamic_slice_in_dim(where, start, tokens.shape[1], axis=1)
         x = self.embed(tokens, mine)
-        x, past = self.decoder(
+        x, grown = self.decoder(
             x,
             self.decoder.sight(mask, mine, where, start=start),
             mine,
@@ -234,7 +191,8 @@ class EncoderDecoder(model.Model):
             memory=memory,
             memory_sight=_sight_of(memory_mask),
         )
-        progress = Progress(past, mask, where, start + tokens.shape[1])
+        assert grown is not None, "a stack that is given a past returns one"
+        progress = Progress(grown, mask, where, start + tokens.shape[1])
         logits = self.unembed(self.final_norm(x[:, -1]))
         return logits, Translating(progress, memory, memory_mask)
 

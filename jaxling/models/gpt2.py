@@ -9,7 +9,7 @@ import numpy as np
 from . import layers
 from .config import Family
 from .decoder import Decoder, Language
-from .rules import Ignore, Rule, Rules, same
+from .rules import Ignore, Rule, Rules, dense, norm, same, unembedding
 
 ATTRIBUTES = {
     "vocab_size": 50257,
@@ -45,25 +45,14 @@ IGNORED = (
 
 
 def spec(config: dict[str, Any]) -> Language:
-    width, heads = config["n_embd"], config["n_head"]
-    if width % heads:
-        raise ValueError(f"n_embd {width} is not a multiple of n_head {heads}")
-    stack = layers.Spec(
+    stack = layers.plain(
         layers=config["n_layer"],
-        width=width,
-        heads=heads,
-        kv_heads=heads,
-        head_size=width // heads,
-        mlp_width=config["n_inner"] or 4 * width,
+        width=config["n_embd"],
+        heads=config["n_head"],
+        mlp_width=config["n_inner"] or 4 * config["n_embd"],
         activation=config["activation_function"],
-        gated=False,
-        norm="layer",
-        norm_eps=config["layer_norm_epsilon"],
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        scale=None if config["scale_attn_weights"] else 1.0,
-    )
+        eps=config["layer_norm_epsilon"],
+    )._replace(scale=None if config["scale_attn_weights"] else 1.0)
     return Language(
         stack=stack,
         vocabulary=config["vocab_size"],
@@ -97,27 +86,21 @@ def _from_heads(path: str) -> Rule:
 
 def rules(spec: Language) -> Rules:
     name, path = "(transformer.)h.{layer}.", "decoder.blocks."
-    table: dict[str, Rule | Ignore] = {
+    return {
         "(transformer.)wte.weight": same("embedding"),
-        "(transformer.)wpe.weight": same("position_embedding"),
-        "lm_head.weight": Ignore("tied: it is the embedding")
-        if spec.tied
-        else same("unembedding"),
+        "(transformer.)wpe.weight": same("entrance.position_embedding"),
         name + "attn.bias": Ignore("the causal mask"),
         name + "attn.masked_bias": Ignore("the causal mask"),
         name + "attn.c_attn.weight": _columns(path + "attention", "kernel"),
         name + "attn.c_attn.bias": _columns(path + "attention", "bias"),
-        name + "attn.c_proj.weight": _from_heads(path + "attention.out.kernel"),
-        name + "attn.c_proj.bias": same(path + "attention.out.bias"),
+        **unembedding("lm_head.weight", spec.tied),
+        **dense(name + "attn.c_proj", path + "attention.out", _from_heads),
+        **dense(name + "mlp.c_fc", path + "mlp.up", same),
+        **dense(name + "mlp.c_proj", path + "mlp.down", same),
+        **norm(name + "ln_1", path + "attention_norm"),
+        **norm(name + "ln_2", path + "mlp_norm"),
+        **norm("(transformer.)ln_f", "decoder.final_norm"),
     }
-    for part, own in (("c_fc", "up"), ("c_proj", "down")):
-        table[f"{name}mlp.{part}.weight"] = same(f"{path}mlp.{own}.kernel")
-        table[f"{name}mlp.{part}.bias"] = same(f"{path}mlp.{own}.bias")
-    for leaf, own in (("weight", "scale"), ("bias", "bias")):
-        table[f"{name}ln_1.{leaf}"] = same(f"{path}attention_norm.{own}")
-        table[f"{name}ln_2.{leaf}"] = same(f"{path}mlp_norm.{own}")
-        table[f"(transformer.)ln_f.{leaf}"] = same(f"decoder.final_norm.{own}")
-    return table
 
 
 FAMILY = Family(Decoder, ATTRIBUTES, FIXED, spec, rules, IGNORED, ALIASES)

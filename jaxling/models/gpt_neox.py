@@ -11,13 +11,15 @@ from .config import Family
 from .decoder import Decoder, Language
 from .rules import (
     Ignore,
-    Rule,
     Rules,
+    Table,
     biases_of_three,
+    dense,
     heads_of_three,
-    linear,
     linear_of_heads,
+    norm,
     same,
+    unembedding,
 )
 
 ATTRIBUTES = {
@@ -41,55 +43,53 @@ ALIASES = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta
 
 
 def spec(config: dict[str, Any]) -> Language:
-    heads, bias = config["num_attention_heads"], config["attention_bias"]
-    stack = layers.Spec(
+    bias = config["attention_bias"]
+    stack = layers.plain(
         layers=config["num_hidden_layers"],
         width=config["hidden_size"],
-        heads=heads,
-        kv_heads=heads,
-        head_size=llama.head_size(config),
+        heads=config["num_attention_heads"],
         mlp_width=config["intermediate_size"],
         activation=config["hidden_act"],
-        gated=False,
-        norm="layer",
-        norm_eps=config["layer_norm_eps"],
+        eps=config["layer_norm_eps"],
+    )._replace(
         parallel=config["use_parallel_residual"],
         qkv_bias=bias,
         out_bias=bias,
-        mlp_bias=True,
         ropes=(llama.rope(config),),
     )
     return llama.language(config, stack)
 
 
 def rules(spec: Language) -> Rules:
-    name, path = "(gpt_neox.)layers.{layer}.", "decoder.blocks."
-    table: dict[str, Rule | Ignore] = {
+    name = "(gpt_neox.)layers.{layer}."
+    attention = name + "attention."
+    return {
         "(gpt_neox.)embed_in.weight": same("embedding"),
-        "embed_out.weight": Ignore("tied: it is the embedding")
-        if spec.tied
-        else same("unembedding"),
-        name + "attention.bias": Ignore("the causal mask"),
-        name + "attention.masked_bias": Ignore("the causal mask"),
-        name + "attention.rotary_emb.inv_freq": Ignore("recomputed"),
-        name + "attention.query_key_value.weight": heads_of_three(path + "attention"),
-        name + "attention.dense.weight": linear_of_heads(path + "attention.out.kernel"),
+        attention + "bias": Ignore("the causal mask"),
+        attention + "masked_bias": Ignore("the causal mask"),
+        attention + "rotary_emb.inv_freq": Ignore("recomputed"),
+        **unembedding("embed_out.weight", spec.tied),
+        **block_rules(name, attention, bias=spec.stack.qkv_bias),
+        **norm("(gpt_neox.)final_layer_norm", "decoder.final_norm"),
     }
-    if spec.stack.qkv_bias:
-        rule = biases_of_three(path + "attention")
-        table[name + "attention.query_key_value.bias"] = rule
-        table[name + "attention.dense.bias"] = same(path + "attention.out.bias")
-    for part, own in (("dense_h_to_4h", "up"), ("dense_4h_to_h", "down")):
-        table[f"{name}mlp.{part}.weight"] = linear(f"{path}mlp.{own}.kernel")
-        table[f"{name}mlp.{part}.bias"] = same(f"{path}mlp.{own}.bias")
-    for leaf, own in (("weight", "scale"), ("bias", "bias")):
-        rule = same(f"{path}attention_norm.{own}")
-        table[f"{name}input_layernorm.{leaf}"] = rule
-        rule = same(f"{path}mlp_norm.{own}")
-        table[f"{name}post_attention_layernorm.{leaf}"] = rule
-        rule = same(f"decoder.final_norm.{own}")
-        table[f"(gpt_neox.)final_layer_norm.{leaf}"] = rule
-    return table
+
+
+def block_rules(name: str, attention: str, *, bias: bool = True) -> Table:
+    """Of a block, named as Megatron named it; `bias` is that of the attention."""
+    path = "decoder.blocks."
+    three, out = attention + "query_key_value.", path + "attention.out"
+    table = dense(attention + "dense", out, linear_of_heads)
+    table[three + "weight"] = heads_of_three(path + "attention")
+    table[three + "bias"] = biases_of_three(path + "attention")
+    if not bias:
+        del table[three + "bias"], table[attention + "dense.bias"]
+    return {
+        **table,
+        **dense(name + "mlp.dense_h_to_4h", path + "mlp.up"),
+        **dense(name + "mlp.dense_4h_to_h", path + "mlp.down"),
+        **norm(name + "input_layernorm", path + "attention_norm"),
+        **norm(name + "post_attention_layernorm", path + "mlp_norm"),
+    }
 
 
 FAMILY = Family(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from . import positions
 from .cache import Tap
 from .positions import Rope
 
@@ -61,6 +62,38 @@ class Spec(NamedTuple):
     alibi: bool = False
     relative: Relative | None = None
     init_std: float = 0.02
+
+
+def plain(
+    *, layers: int, width: int, heads: int, mlp_width: int, activation: str, eps: float
+) -> Spec:
+    """The commonest stack before Llama: layer norms, biases everywhere, no gate.
+
+    Raises:
+      ValueError: the width is not a multiple of the heads.
+    """
+    return Spec(
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_size=head_size(width, heads),
+        mlp_width=mlp_width,
+        activation=activation,
+        gated=False,
+        norm="layer",
+        norm_eps=eps,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    )
+
+
+def head_size(width: int, heads: int) -> int:
+    """The width divided by the heads; ValueError where that leaves a rest."""
+    if width % heads:
+        raise ValueError(f"a width of {width} is not a multiple of {heads} heads")
+    return width // heads
 
 
 _TANH_GELU = lambda x: jax.nn.gelu(x, approximate=True)  # noqa: E731
@@ -166,3 +199,39 @@ class Mlp(nnx.Module):
         else:
             hidden = activation(self.gate(x)) * self.up(x)
         return self.down(tap("mlp.hook_post", hidden))
+
+
+class Entrance(nnx.Module):
+    """What a stack adds to the embeddings of its tokens: positions, then a norm.
+
+    `kind` is "learned" or "sinusoidal", or None where positions are in the attention;
+    `rows` is the size of a learned table, whose position 0 is row `offset`.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        kind: str | None,
+        *,
+        rows: int,
+        offset: int,
+        norm: bool,
+        rngs: nnx.Rngs,
+    ):
+        self.kind, self.offset = kind, offset
+        shape = (rows, spec.width)
+        self.position_embedding = (
+            normal(rngs, shape, spec.init_std) if kind == "learned" else None
+        )
+        self.norm = Norm(spec) if norm else None
+
+    def __call__(self, x: Array, where: Array, tap: Tap) -> Array:
+        """`where` `[batch or 1, position]` are the positions of `x`."""
+        if self.kind is not None:
+            where = where + self.offset
+            if self.position_embedding is not None:
+                added = self.position_embedding[...][where]
+            else:
+                added = positions.sinusoids(where, x.shape[-1]).astype(x.dtype)
+            x = x + tap("hook_pos_embed", jnp.broadcast_to(added, x.shape))
+        return x if self.norm is None else self.norm(x)

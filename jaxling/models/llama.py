@@ -9,7 +9,16 @@ from typing import Any
 from . import layers, positions
 from .config import Family
 from .decoder import Decoder, Language
-from .rules import Ignore, Rules, linear, linear_of_heads, same, vector
+from .rules import (
+    Ignore,
+    Rules,
+    Table,
+    linear,
+    linear_of_heads,
+    same,
+    unembedding,
+    vector,
+)
 
 ATTRIBUTES = {
     "vocab_size": 32000,
@@ -38,12 +47,8 @@ FIXED = {"pretraining_tp": (None, 1)}
 def head_size(config: dict[str, Any]) -> int:
     """Of the config, or the width divided by the heads."""
     found = config.get("head_dim")
-    if found:
-        return found
     width, heads = config["hidden_size"], config["num_attention_heads"]
-    if width % heads:
-        raise ValueError(f"hidden_size {width} is not a multiple of {heads} heads")
-    return width // heads
+    return found or layers.head_size(width, heads)
 
 
 def rope(config: dict[str, Any], theta: float = 10000.0) -> positions.Rope:
@@ -120,11 +125,9 @@ NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layern
 def rules(spec: Language, norms: dict[str, str] = NORMS) -> Rules:
     """The names of Llama's tensors; its relatives share them but for the norms'."""
     stack, block, to = spec.stack, "(model.)layers.{layer}.", "decoder.blocks."
-    table = {
+    table: Table = {
         "(model.)embed_tokens.weight": same("embedding"),
-        "lm_head.weight": Ignore("tied: it is the embedding")
-        if spec.tied
-        else same("unembedding"),
+        **unembedding("lm_head.weight", spec.tied),
         block + "self_attn.rotary_emb.inv_freq": Ignore("recomputed"),
     }
     if stack.norm_affine:

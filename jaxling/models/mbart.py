@@ -14,7 +14,18 @@ from . import layers
 from .config import Family
 from .conversion import has, is_tied
 from .encoder_decoder import EncoderDecoder, Pair
-from .rules import Alias, Ignore, Rule, Rules, linear, linear_of_heads, same, vector
+from .rules import (
+    Alias,
+    Ignore,
+    Rule,
+    Rules,
+    Table,
+    dense,
+    linear_of_heads,
+    norm,
+    same,
+    unembedding,
+)
 
 ATTRIBUTES = {
     "vocab_size": 50265,
@@ -57,26 +68,15 @@ EMBEDDING, UNEMBEDDING = "(model.)shared.weight", "lm_head.weight"
 
 
 def stack(config: dict[str, Any], side: str) -> layers.Spec:
-    width, heads = config["d_model"], config[f"{side}_attention_heads"]
-    if width % heads:
-        raise ValueError(f"d_model {width} is not a multiple of {heads} heads")
-    return layers.Spec(
+    decoding = side == "decoder"
+    return layers.plain(
         layers=config[f"{side}_layers"],
-        width=width,
-        heads=heads,
-        kv_heads=heads,
-        head_size=width // heads,
+        width=config["d_model"],
+        heads=config[f"{side}_attention_heads"],
         mlp_width=config[f"{side}_ffn_dim"],
         activation=config["activation_function"],
-        gated=False,
-        norm="layer",
-        norm_eps=1e-5,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        causal=side == "decoder",
-        cross=side == "decoder",
-    )
+        eps=1e-5,
+    )._replace(causal=decoding, cross=decoding)
 
 
 def spec(config: dict[str, Any]) -> Pair:
@@ -110,11 +110,9 @@ def amend(spec: Pair, checkpoint: Checkpoint) -> Pair:
 
 
 def rules(spec: Pair) -> Rules:
-    table: dict[str, Rule | Ignore | Alias] = {
+    table: Table = {
         EMBEDDING: same("embedding"),
-        UNEMBEDDING: Ignore("tied: it is the embedding")
-        if spec.tied
-        else same("unembedding"),
+        **unembedding(UNEMBEDDING, spec.tied),
     }
     if spec.unembed_bias:
         table["final_logits_bias"] = Rule(
@@ -128,42 +126,31 @@ def rules(spec: Pair) -> Rules:
         table[name + "version"] = Ignore("of fairseq's format")
         table |= norm(name + "layer_norm", f"{side}.final_norm")
         if spec.positions == "learned":
-            path = f"{side}_entrance.positions"
+            path = f"{side}_entrance.position_embedding"
             table[name + "embed_positions.weight"] = same(path)
         else:
             table[name + "embed_positions.weights"] = Ignore("recomputed")
         if spec.embedding_norm:
             table |= norm(name + "layernorm_embedding", f"{side}_entrance.norm")
-        table |= block_rules(name + "layers.{layer}.", f"{side}.blocks.", own.cross)
+        table |= block_rules(
+            name + "layers.{layer}.", f"{side}.blocks.", cross=own.cross
+        )
     return table
 
 
-def block_rules(block: str, to: str, cross: bool) -> dict[str, Rule]:
+def block_rules(block: str, to: str, *, cross: bool) -> Table:
+    """Of a block, named as fairseq named it."""
     table = norm(block + "final_layer_norm", to + "mlp_norm")
-    for name, path in {"fc1": "mlp.up", "fc2": "mlp.down"}.items():
-        table[f"{block}{name}.weight"] = linear(f"{to}{path}.kernel")
-        table[f"{block}{name}.bias"] = vector(f"{to}{path}.bias")
+    table |= dense(block + "fc1", to + "mlp.up")
+    table |= dense(block + "fc2", to + "mlp.down")
     places = {"self_attn": "attention", **({"encoder_attn": "cross"} if cross else {})}
     for name, place in places.items():
         table |= norm(f"{block}{name}_layer_norm", f"{to}{place}_norm")
-        for tensor, path in {
-            "q_proj": "query",
-            "k_proj": "key",
-            "v_proj": "value",
-            "out_proj": "out",
-        }.items():
-            own, rule = f"{block}{name}.{tensor}.", f"{to}{place}.{path}."
-            kernel = linear_of_heads if path == "out" else linear
-            table[own + "weight"] = kernel(rule + "kernel")
-            table[own + "bias"] = vector(rule + "bias")
+        attention, path = f"{block}{name}.", f"{to}{place}."
+        for part in ("query", "key", "value"):
+            table |= dense(f"{attention}{part[0]}_proj", path + part)
+        table |= dense(attention + "out_proj", path + "out", linear_of_heads)
     return table
-
-
-def norm(name: str, path: str) -> dict[str, Rule]:
-    return {
-        f"{name}.weight": same(f"{path}.scale"),
-        f"{name}.bias": same(f"{path}.bias"),
-    }
 
 
 FAMILY = Family(EncoderDecoder, ATTRIBUTES, FIXED, spec, rules, IGNORED, amend=amend)

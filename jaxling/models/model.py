@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from .cache import DEFAULT_NAMES, Cache, NamesFilter, Taps
+from .layers import product, softcap
 
 
 class Model(nnx.Module):
@@ -27,6 +28,15 @@ class Model(nnx.Module):
 
     spec: Any  # the family's; hashable
     config_json: str  # the checkpoint's config.json; a string, so that it is hashable
+
+    embedding: nnx.Param  # [vocab, d]
+    unembedding: nnx.Param | None  # of the same shape; None where tied
+    bias: nnx.Param | None  # of the logits, [vocab]
+
+    # What enters the first block, of tokens; and what the unembedding is multiplied
+    # with, of the stream after the last.
+    embed: Callable[..., Array]
+    final_norm: Callable[[Array], Array]
 
     # The computation, traced: (tokens, attention_mask, *, taps, and what a family
     # adds) -> logits, with every named point passed to `taps`.
@@ -43,6 +53,34 @@ class Model(nnx.Module):
     def config(self) -> dict[str, Any]:
         """The checkpoint's `config.json`."""
         return json.loads(self.config_json)
+
+    def unembed(self, x: Array) -> Array:
+        """Logits of `x` (after `final_norm`), float32 `[..., vocab]`."""
+        logits = product(
+            "...d,vd->...v",
+            x,
+            self.unembed_matrix.astype(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        if self.bias is not None:
+            logits = logits + self.bias[...].astype(jnp.float32)
+        return softcap(logits, self.logit_softcap)
+
+    @property
+    def unembed_matrix(self) -> Array:
+        """`[vocab, d]`."""
+        own = self.unembedding
+        return (self.embedding if own is None else own)[...]
+
+    @property
+    def unembed_bias(self) -> Array | None:
+        """`[vocab]`, or None."""
+        return None if self.bias is None else self.bias[...]
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """The cap of `cap * tanh(logits / cap)`, or None."""
+        return getattr(self.spec, "logit_softcap", None)
 
     def __call__(
         self,

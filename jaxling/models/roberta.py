@@ -13,7 +13,7 @@ from . import bert
 from .config import Family
 from .conversion import has, is_tied
 from .encoder import Encoder, Masked
-from .rules import Rules
+from .rules import Rules, dense
 
 ATTRIBUTES = {
     **bert.ATTRIBUTES,
@@ -69,9 +69,9 @@ def rules(spec: Masked) -> Rules:
     if pre:
         table |= bert.norm("(roberta.)encoder.LayerNorm", "encoder.final_norm")
     else:
-        table |= bert.norm("(roberta.)embeddings.LayerNorm", "embedding_norm")
+        table |= bert.norm("(roberta.)embeddings.LayerNorm", "entrance.norm")
     if spec.head:
-        table |= bert.dense("lm_head.dense", "head.dense")
+        table |= dense("lm_head.dense", "head.dense")
         table |= bert.norm("lm_head.layer_norm", "head.norm")
         table |= bert.unembedding(spec, "lm_head")
     return table

@@ -46,6 +46,7 @@ class Alias(NamedTuple):
 
 
 Rules = Mapping[str, Rule | Ignore | Alias]
+Table = dict[str, Rule | Ignore | Alias]  # one that is being written
 
 
 def same(path: str) -> Rule:
@@ -74,6 +75,28 @@ def linear_of_heads(path: str) -> Rule:
         lambda tensor, part, shape: _transpose(tensor, shape, 2),
         lambda parts: parts[0].reshape(-1, parts[0].shape[-1]).T,
     )
+
+
+def dense(name: str, path: str, kernel: Callable[[str], Rule] = linear) -> Table:
+    """The rules of a kernel and its bias."""
+    return {
+        f"{name}.weight": kernel(f"{path}.kernel"),
+        f"{name}.bias": vector(f"{path}.bias"),
+    }
+
+
+def norm(name: str, path: str) -> Table:
+    """The rules of a layer norm."""
+    return {
+        f"{name}.weight": same(f"{path}.scale"),
+        f"{name}.bias": same(f"{path}.bias"),
+    }
+
+
+def unembedding(name: str, tied: bool) -> Table:
+    """The rule of the unembedding, which files may hold although it is tied."""
+    rule = Ignore("tied: it is the embedding") if tied else same("unembedding")
+    return {name: rule}
 
 
 def heads_of_three(path: str) -> Rule:

@@ -13,7 +13,16 @@ from . import layers
 from .config import Family
 from .conversion import is_tied
 from .encoder_decoder import EncoderDecoder, Pair
-from .rules import Alias, Ignore, Rule, Rules, linear, linear_of_heads, same
+from .rules import (
+    Alias,
+    Ignore,
+    Rules,
+    Table,
+    linear,
+    linear_of_heads,
+    same,
+    unembedding,
+)
 
 ATTRIBUTES = {
     "vocab_size": 32128,
@@ -115,13 +124,11 @@ def amend(spec: Pair, checkpoint: Checkpoint) -> Pair:
 
 
 def rules(spec: Pair) -> Rules:
-    table: dict[str, Rule | Ignore | Alias] = {
+    table: Table = {
         "shared.weight": same("embedding"),
         "encoder.embed_tokens.weight": Alias("shared.weight"),
         "decoder.embed_tokens.weight": Alias("shared.weight"),
-        "lm_head.weight": Ignore("tied: it is the embedding")
-        if spec.tied
-        else same("unembedding"),
+        **unembedding("lm_head.weight", spec.tied),
         "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": (
             Ignore("old files hold it; nothing ever used it")
         ),
@@ -131,7 +138,7 @@ def rules(spec: Pair) -> Rules:
     return table
 
 
-def stack_rules(name: str, stack: layers.Spec) -> dict[str, Rule]:
+def stack_rules(name: str, stack: layers.Spec) -> Table:
     block, to = f"{name}.block.{{layer}}.layer.", f"{name}.blocks."
     parts = ["SelfAttention", *["EncDecAttention"] * stack.cross, "DenseReluDense"]
     places = {
@@ -139,7 +146,7 @@ def stack_rules(name: str, stack: layers.Spec) -> dict[str, Rule]:
         "EncDecAttention": "cross",
         "DenseReluDense": "mlp",
     }
-    table = {f"{name}.final_layer_norm.weight": same(f"{name}.final_norm.scale")}
+    table: Table = {f"{name}.final_layer_norm.weight": same(f"{name}.final_norm.scale")}
     for number, part in enumerate(parts):
         place, inner = to + places[part], f"{block}{number}.{part}."
         table[f"{block}{number}.layer_norm.weight"] = same(f"{place}_norm.scale")
@@ -151,7 +158,7 @@ def stack_rules(name: str, stack: layers.Spec) -> dict[str, Rule]:
         for tensor, path in {"q": "query", "k": "key", "v": "value"}.items():
             table[f"{inner}{tensor}.weight"] = linear(f"{place}.{path}.kernel")
         table[f"{inner}o.weight"] = linear_of_heads(f"{place}.out.kernel")
-    own = stack.relative.per_layer
+    own = stack.relative is not None and stack.relative.per_layer
     owner, path = ("{layer}", to) if own else ("0", f"{name}.")
     bias = f"{name}.block.{owner}.layer.0.SelfAttention.relative_attention_bias.weight"
     table[bias] = same(path + "relative")

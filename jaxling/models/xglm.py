@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
-from . import layers
+from . import layers, mbart
 from .config import Family
 from .decoder import Decoder, Language
-from .rules import Ignore, Rule, Rules, linear, linear_of_heads, same, vector
+from .rules import Ignore, Rules, norm, same, unembedding
 
 ATTRIBUTES = {
     "vocab_size": 256008,
@@ -32,23 +32,14 @@ ALIASES = {
 
 
 def spec(config: dict[str, Any]) -> Language:
-    width, heads = config["d_model"], config["attention_heads"]
-    if width % heads:
-        raise ValueError(f"d_model {width} is not a multiple of {heads} heads")
-    stack = layers.Spec(
+    width = config["d_model"]
+    stack = layers.plain(
         layers=config["num_layers"],
         width=width,
-        heads=heads,
-        kv_heads=heads,
-        head_size=width // heads,
+        heads=config["attention_heads"],
         mlp_width=config["ffn_dim"],
         activation=config["activation_function"],
-        gated=False,
-        norm="layer",
-        norm_eps=1e-5,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
+        eps=1e-5,
     )
     return Language(
         stack=stack,
@@ -62,31 +53,13 @@ def spec(config: dict[str, Any]) -> Language:
 
 
 def rules(spec: Language) -> Rules:
-    name, path = "(model.)layers.{layer}.", "decoder.blocks."
-    table: dict[str, Rule | Ignore] = {
+    return {
         "(model.)embed_tokens.weight": same("embedding"),
         "(model.)embed_positions.weights": Ignore("recomputed"),
-        "lm_head.weight": Ignore("tied: it is the embedding")
-        if spec.tied
-        else same("unembedding"),
-        name + "self_attn.out_proj.weight": linear_of_heads(
-            path + "attention.out.kernel"
-        ),
-        name + "self_attn.out_proj.bias": same(path + "attention.out.bias"),
+        **unembedding("lm_head.weight", spec.tied),
+        **mbart.block_rules("(model.)layers.{layer}.", "decoder.blocks.", cross=False),
+        **norm("(model.)layer_norm", "decoder.final_norm"),
     }
-    for part in ("query", "key", "value"):
-        proj, own = f"{name}self_attn.{part[0]}_proj.", f"{path}attention.{part}."
-        table[proj + "weight"] = linear(own + "kernel")
-        table[proj + "bias"] = vector(own + "bias")
-    for part, own in (("fc1", "up"), ("fc2", "down")):
-        table[f"{name}{part}.weight"] = linear(f"{path}mlp.{own}.kernel")
-        table[f"{name}{part}.bias"] = same(f"{path}mlp.{own}.bias")
-    for leaf, own in (("weight", "scale"), ("bias", "bias")):
-        rule = same(f"{path}attention_norm.{own}")
-        table[f"{name}self_attn_layer_norm.{leaf}"] = rule
-        table[f"{name}final_layer_norm.{leaf}"] = same(f"{path}mlp_norm.{own}")
-        table[f"(model.)layer_norm.{leaf}"] = same(f"decoder.final_norm.{own}")
-    return table
 
 
 FAMILY = Family(Decoder, ATTRIBUTES, FIXED, spec, rules, aliases=ALIASES)

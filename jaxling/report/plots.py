@@ -50,7 +50,7 @@ Path = str | os.PathLike[str]
 def save_bars(
     path: Path,
     labels: Sequence[str],
-    values: np.ndarray | Sequence[float],
+    values: np.ndarray | Sequence[float] | Sequence[Sequence[float]],
     *,
     series: Sequence[str] = (),
     errors: np.ndarray | None = None,
@@ -296,7 +296,7 @@ def save_histogram(
 def save_curves(
     path: Path,
     labels: Sequence[str],
-    values: Sequence[np.ndarray] | np.ndarray,
+    values: Sequence[np.ndarray] | Sequence[Sequence[float]] | np.ndarray,
     *,
     x: np.ndarray | Sequence[float] | None = None,
     errors: Sequence[np.ndarray] | np.ndarray | None = None,

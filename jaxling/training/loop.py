@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
+
+from jaxling.models import Model
 
 from . import packing, snapshots, steps
 from . import recipe as recipes
@@ -43,12 +44,12 @@ class Outcome(NamedTuple):
     step: int
     loss: float
     evaluations: dict[str, Evaluation]
-    snapshot: pathlib.Path
+    snapshot: pathlib.Path | None
     tokens_per_second: float
 
 
 def check(
-    model: nnx.Module, files: Mapping[str, TokenFile], recipe: Recipe, mesh: Mesh | None
+    model: Model, files: Mapping[str, TokenFile], recipe: Recipe, mesh: Mesh | None
 ) -> None:
     """Raises ValueError where model, data, recipe and devices do not fit together."""
     recipes.check_recipe(recipe)
@@ -74,7 +75,7 @@ def check(
 
 
 def evaluate(
-    model: nnx.Module, file: TokenFile, recipe: Recipe, *, mesh: Mesh | None = None
+    model: Model, file: TokenFile, recipe: Recipe, *, mesh: Mesh | None = None
 ) -> Evaluation:
     """The model's loss on a token file, every document once.
 
@@ -100,7 +101,7 @@ def _evaluate(frame, parameters, file, recipe, mesh) -> Evaluation:
 
 
 def train(
-    model: nnx.Module,
+    model: Model,
     file: TokenFile,
     recipe: Recipe,
     *,

@@ -178,4 +178,4 @@ def like(tree: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxling import kernels
+from jaxling.models import Model
 
 from .packing import Batch
 from .recipe import Parameters, Recipe, optimizer, rate_factors
@@ -27,7 +28,7 @@ class Frame(NamedTuple):
     structure: Any
     names: tuple[str, ...]
 
-    def model(self, parameters: Parameters) -> nnx.Module:
+    def model(self, parameters: Parameters) -> Model:
         """The model with these parameters."""
         leaves = [parameters[name] for name in self.names]
         state = jax.tree.unflatten(self.structure, leaves)
@@ -49,7 +50,7 @@ class Metrics(NamedTuple):
     targets: Array
 
 
-def take_apart(model: nnx.Module) -> tuple[Frame, Parameters]:
+def take_apart(model: Model) -> tuple[Frame, Parameters]:
     """The frame of a model, and its parameters by dotted name, in float32."""
     graph, state = nnx.split(model)
     found, structure = jax.tree_util.tree_flatten_with_path(state)
@@ -69,7 +70,9 @@ def loss_sums(
     """Summed loss of a batch in nats, and the number of predicted tokens."""
     model = frame.model(parameters)
     mask = batch.segments != 0
-    segments = {"segment_ids": batch.segments} if recipe.document_mask else {}
+    segments: dict[str, Any] = {}
+    if recipe.document_mask:
+        segments = {"segment_ids": batch.segments}
     # The logits of the run are not used, and so never computed.
     _, cache = model.run_with_cache(
         batch.tokens,
@@ -200,7 +203,7 @@ def evaluation_step(
     return sums(parameters, batch)
 
 
-def put_back(model: nnx.Module, frame: Frame, parameters: Parameters) -> None:
+def put_back(model: Model, frame: Frame, parameters: Parameters) -> None:
     """Gives `model` these parameters, in place, in the dtypes it has."""
     old = jax.tree.leaves(nnx.split(model)[1])
     leaves = [
@@ -210,6 +213,6 @@ def put_back(model: nnx.Module, frame: Frame, parameters: Parameters) -> None:
     nnx.update(model, jax.tree.unflatten(frame.structure, leaves))
 
 
-def parameter_names(model: nnx.Module) -> list[str]:
+def parameter_names(model: Model) -> list[str]:
     """The dotted names of the model's parameters."""
     return list(take_apart(model)[0].names)

@@ -70,7 +70,7 @@ def build_task(
         unnamed = {source, target} - set(names)
         if unnamed:
             raise ValueError(f"No prompt name for the languages {sorted(unnamed)}.")
-        pairs = list(dict.fromkeys(map(tuple, pairs)))
+        pairs = list(dict.fromkeys((word, answer) for word, answer in pairs))
         answers: dict[str, set[str]] = {}
         for word, answer in pairs:
             answers.setdefault(word, set()).add(answer)
@@ -88,8 +88,8 @@ def build_task(
             wrong = [w for w in order if w != word and answer not in answers[w]]
             if word == answer or len(wrong) < DISTRACTORS:
                 continue
-            wrong = tuple(wrong[:DISTRACTORS])
-            items.append(Item(source, target, word, answer, wrong))
+            distractors = tuple(wrong[:DISTRACTORS])
+            items.append(Item(source, target, word, answer, distractors))
             kept += 1
     if not items:
         raise ValueError(
@@ -97,7 +97,7 @@ def build_task(
             f" {DISTRACTORS} other source words that do not translate alike."
         )
     shots = lexicons if examples is None else examples
-    known = {pair: [tuple(p) for p in shots.get(pair, ())] for pair in lexicons}
+    known = {pair: [(a, b) for a, b in shots.get(pair, ())] for pair in lexicons}
     return Task(dict(names), known, items)
 
 
