@@ -39,7 +39,7 @@ def all_pairs(x: ArrayLike, k: int, metric: pairs.Metric, include_self: bool) ->
     alone = (groups.size == 1) & (not include_self)
     parts = np.array_split(np.arange(count), -(-count // PANEL) or 1)
     with panels.setting(rows.values, k, metric) as chosen:
-        done = []
+        done: list[panels.Panel] = []
         for part in parts if count else []:
             side = panels.panel(rows.values, groups.first[part], chosen)
             own = groups.of_row[side.ids]
@@ -48,9 +48,10 @@ def all_pairs(x: ArrayLike, k: int, metric: pairs.Metric, include_self: bool) ->
             for earlier in done:
                 other = groups.of_row[earlier.ids]
                 floors = _floor(ranks[other]), _floor(ranks[own])
-                found = streamed.across(earlier, side, chosen, *floors)
-                _merge(ranks, proved, other, found[0])
-                _merge(ranks, proved, own, found[1])
+                there, back = streamed.across(earlier, side, chosen, *floors)
+                assert back is not None
+                _merge(ranks, proved, other, there)
+                _merge(ranks, proved, own, back)
             done.append(side)
         excluded = np.where(alone, groups.first, -1)
         _complete(ranks, proved, groups, excluded, rows, rows, groups, chosen)
@@ -112,13 +113,14 @@ def cross(
             for a_ids in _panels(groups[0].first):
                 a_side = panels.panel(sides[0].values, a_ids, chosen)
                 a_own = groups[0].of_row[a_side.ids]
-                found = streamed.across(
+                there, back = streamed.across(
                     *(a_side, b_side, chosen),
                     np.maximum(floors[0][a_own], _floor(ranks[0][a_own])),
                     np.maximum(floors[1][b_own], _floor(ranks[1][b_own])),
                 )
-                _merge(ranks[0], proved[0], a_own, found[0])
-                _merge(ranks[1], proved[1], b_own, found[1])
+                assert back is not None
+                _merge(ranks[0], proved[0], a_own, there)
+                _merge(ranks[1], proved[1], b_own, back)
         for me in (0, 1):
             nobody = np.full(len(groups[me].first), -1)
             both = sides[me], sides[1 - me]

@@ -7,7 +7,7 @@ the bounded error of the product is scored pair by pair: no row is left without 
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,7 @@ def _tile(
     scores = prefilter.filtered(rows, keys, biased=True)
     scores = jnp.where(ids[None, :] >= 0, scores, -jnp.inf)
     maxima = scores.reshape(len(scores), group, -1).max(axis=1)
-    norms = (jnp.max(getattr(keys, name)) for name in prefilter.Largest._fields)
+    norms: Any = (jnp.max(getattr(keys, name)) for name in prefilter.Largest._fields)
     return scores, maxima, prefilter.Largest(*norms)
 
 

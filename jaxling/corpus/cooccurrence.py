@@ -48,7 +48,8 @@ class Pairs(NamedTuple):
 
     first: np.ndarray  # [pair] int32
     second: np.ndarray  # [pair] int32
-    count: np.ndarray  # [pair] int64
+    # [pair] int64
+    count: np.ndarray  # type: ignore[assignment]  # a tuple has a method of that name
 
 
 class Counts(NamedTuple):
@@ -147,12 +148,14 @@ def count_documents(documents: Iterable[str | np.ndarray], plan: Plan) -> Counts
                 )
             matches = matching.find_in_texts(matcher, batch)
         elif matcher:
+            assert coded is not None
             matches = matching.find_in_tokens(matcher, coded)
         totals[2] += (
             sum(map(len, coded or ())) if matches is None else matches.units.sum()
         )
         by_token = None
         if counts_tokens:
+            assert coded is not None
             by_token = _by_token(coded, size)
             token_totals[0] += np.bincount(np.concatenate(coded), minlength=size)
             token_totals[1] += np.bincount(by_token.indices, minlength=size)
@@ -169,7 +172,9 @@ def count_documents(documents: Iterable[str | np.ndarray], plan: Plan) -> Counts
                 multiply()
     multiply()
     return Counts(
-        *(int(total) for total in totals[:3]),
+        int(totals[0]),
+        int(totals[1]),
+        int(totals[2]),
         term_totals[0] if terms else None,
         term_totals[1] if terms else None,
         both.pairs(n) if terms and plan.pairs else None,
@@ -389,8 +394,8 @@ def merge(a: Counts, b: Counts) -> Counts:
             return sums.pairs(1 << 32)
         return None if x is None else x + y
 
-    parts = (joined(x, y) for x, y in zip(a[:-1], b[:-1]))
-    return Counts(*parts, add_damage(a.damage, b.damage))
+    parts: list[Any] = [joined(x, y) for x, y in zip(a[:-1], b[:-1])]
+    return Counts(*parts, damage=add_damage(a.damage, b.damage))
 
 
 def pair_counts(

@@ -145,15 +145,15 @@ def _words(units: list[str], fold_case: bool) -> _Words:
         if len(own) >= 4:
             tails[row] = own[-4:]
     blocks = spelled.view(np.uint64)
-    heads, tails = blocks[:, 0].copy(), tails.view(np.uint64)[:, 0].copy()
+    heads, ends = blocks[:, 0].copy(), tails.view(np.uint64)[:, 0].copy()
     size = 1 << max(10, (16 * len(units) - 1).bit_length())
     slots = np.full(size, -1, np.int32)
-    for unit, slot in enumerate(_hash(heads, tails, lengths, size).tolist()):
+    for number, slot in enumerate(_hash(heads, ends, lengths, size).tolist()):
         while slots[slot] >= 0:
             slot = (slot + 1) % size
-        slots[slot] = unit
+        slots[slot] = number
     return _Words(
-        codes, first_alone, heads, tails, lengths, blocks[:, 1:].copy(), slots
+        codes, first_alone, heads, ends, lengths, blocks[:, 1:].copy(), slots
     )
 
 
@@ -287,6 +287,7 @@ def find_in_texts(matcher: Matcher, texts: Sequence[str]) -> Matches:
 
 def _read_long(matcher: Matcher, text: str) -> Iterator[_Units]:
     """The units of a text of any length, piece by piece; no unit is cut."""
+    assert matcher.words is not None
     kind = alphabet(matcher.fold_case).kind
     begin = 0
     while begin < len(text):
@@ -328,7 +329,9 @@ def _follow(
 ) -> Matches:
     """The matches that begin at each known unit, from the units of all documents."""
     trie = matcher.trie
-    units = len(matcher.words.lengths if matcher.words else matcher.tokens)
+    known = matcher.words.lengths if matcher.words else matcher.tokens
+    assert known is not None
+    units = len(known)
     ends = np.cumsum(counts)
     places = np.flatnonzero(ids >= 0)
     nodes = ids[places] + 1

@@ -167,10 +167,9 @@ def _fold(
         pieces = [piece for piece in zip(ends, ends[1:]) if piece[0] < piece[1]]
         if len(pieces) < 2 or not all(piece in finished for piece in pieces):
             return
-        total = None
-        for piece in pieces:
-            counts = finished[piece] or load_counts(_name(folder, piece))
-            total = counts if total is None else merge(total, counts)
+        total = finished[pieces[0]] or load_counts(_name(folder, pieces[0]))
+        for piece in pieces[1:]:
+            total = merge(total, finished[piece] or load_counts(_name(folder, piece)))
         whole = (pieces[0][0], pieces[-1][1])
         if folder is not None:
             save_counts(total, _name(folder, whole))
@@ -320,7 +319,7 @@ def load_counts(path: str | os.PathLike) -> Counts:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        *damage, examples = json.loads(str(arrays.pop("damage")))
+        skipped, mended, empty, examples = json.loads(str(arrays.pop("damage")))
         values: dict[str, Any] = dict.fromkeys(Counts._fields)
         for name, array in arrays.items():
             if "." not in name:
@@ -328,7 +327,7 @@ def load_counts(path: str | os.PathLike) -> Counts:
         for name in {name.split(".")[0] for name in arrays if "." in name}:
             parts = (arrays[f"{name}.{part}"] for part in Pairs._fields)
             values[name] = Pairs(*parts)
-        values["damage"] = Damage(*damage, tuple(examples))
+        values["damage"] = Damage(skipped, mended, empty, tuple(examples))
         return Counts(**values)
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
