@@ -166,6 +166,24 @@ def test_one_kept_layer_takes_the_memory_of_one_layer():
     assert alone < 2.5 * layer  # of 12
 
 
+def test_a_gradient_keeps_no_attention_pattern_of_the_layers():
+    """They grow with the square of the length; the backward pass makes them anew."""
+    tokens = np.zeros((1, 512), int)
+
+    def memory(layers):
+        changes = {"num_hidden_layers": layers, "max_position_embeddings": 512}
+        graph, parameters = nnx.split(models.build(CONFIG | changes, jax.random.key(0)))
+
+        def loss(parameters):
+            return nnx.merge(graph, parameters)(tokens).var()
+
+        compiled = jax.jit(jax.grad(loss)).lower(parameters).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    pattern = 4 * 512 * 512 * 4  # bytes of one layer's, in float32
+    assert memory(10) - memory(2) < 2 * pattern  # of 8
+
+
 # Hooks.
 
 

@@ -4,18 +4,13 @@
 
 A 6-layer 384-wide encoder and a 6-layer 512-wide decoder with random weights, float32,
 batch 16 x 128, turn by turn in one process; medians of `--repeats` turns. transformers
-runs its default attention (sdpa) without gradients. Needs the `torch` extra. The record
-is written to `experiments/benchmarks/models.json`.
+runs its default attention (sdpa) without gradients. Needs the `torch` extra. Records go
+to `experiments/benchmarks/results.jsonl`.
 """
 
-import json
-import pathlib
-import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,10 +18,11 @@ from absl import app, flags
 
 from jaxling import models
 
+from . import harness
+
 REPEATS = flags.DEFINE_integer("repeats", 7, "Turns of which the median is taken.")
-RECORD = pathlib.Path(__file__).with_name("models.json")
 BATCH, LENGTH = 16, 128
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "encoder": dict(
         model_type="bert",
         vocab_size=8192,
@@ -48,18 +44,12 @@ CASES = {
 }
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def measure(config: dict) -> dict[str, float]:
-    """Medians of both, their ratio, and what the first call took."""
+def measure(name: str, config: dict[str, Any]) -> None:
+    """Times both and records how many times as fast ours is."""
     import torch
     import transformers
 
-    auto = transformers.AutoModelForMaskedLM
+    auto: Any = transformers.AutoModelForMaskedLM
     if config["model_type"] == "llama":
         auto = transformers.AutoModelForCausalLM
     theirs = auto.from_config(transformers.AutoConfig.for_model(**config)).eval()
@@ -70,43 +60,35 @@ def measure(config: dict) -> dict[str, float]:
     mask = np.ones_like(tokens)
     torch_tokens, torch_mask = torch.tensor(tokens), torch.tensor(mask)
 
-    def run_theirs() -> torch.Tensor:
+    def run_theirs() -> np.ndarray:
         with torch.inference_mode():
-            return theirs(torch_tokens, attention_mask=torch_mask).logits
+            return theirs(torch_tokens, attention_mask=torch_mask).logits.numpy()
 
-    def run_ours() -> jax.Array:
-        return jax.block_until_ready(ours(tokens, mask))
+    def run_ours() -> np.ndarray:
+        return np.asarray(jax.block_until_ready(ours(tokens, mask)))
 
-    first = seconds(run_ours)
-    difference = float(np.abs(run_theirs().numpy() - np.asarray(run_ours())).max())
-    times = [(seconds(run_theirs), seconds(run_ours)) for _ in range(REPEATS.value)]
-    theirs_median, ours_median = map(statistics.median, zip(*times))
-    return {
-        "transformers_s": round(theirs_median, 4),
-        "jaxling_s": round(ours_median, 4),
-        "times_as_fast": round(theirs_median / ours_median, 2),
-        "compile_s": round(first - ours_median, 2),
-        "largest_difference": difference,
+    timings, results = harness.interleaved(
+        {"jaxling": run_ours, "transformers": run_theirs}, REPEATS.value
+    )
+    own, first = timings["jaxling"].median, timings["jaxling"].first
+    difference = np.abs(results["jaxling"] - results["transformers"]).max()
+    found = {
+        "times_as_fast": round(timings["transformers"].median / own, 2),
+        "compile_s": round((first or 0.0) - own, 2),
+        "largest_difference": float(difference),
+        "threads": torch.get_num_threads(),
+        "torch": metadata.version("torch"),
+        "transformers": metadata.version("transformers"),
     }
+    case = {"model": name, "batch": BATCH, "length": LENGTH, "dtype": "float32"}
+    harness.record("models", case, timings, found)
 
 
 def main(argv: list[str]) -> None:
+    """Measures every case."""
     del argv
-    import torch
-
-    record = {
-        "cases": {name: measure(config) for name, config in CASES.items()},
-        "shape": [BATCH, LENGTH],
-        "threads": torch.get_num_threads(),
-        "devices": [str(device) for device in jax.devices()],
-        "processor": platform.processor() or platform.machine(),
-        "versions": {
-            name: metadata.version(name)
-            for name in ("jax", "flax", "transformers", "torch")
-        },
-    }
-    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=2))
+    for name, config in CASES.items():
+        measure(name, config)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ python -m experiments.benchmarks.training --training_rounds=9
 The same model (9.9M parameters, vocabulary 13,566, tied), batch (16 x 128 tokens),
 AdamW and clipping; the PyTorch loop is that of `transformers`' Llama with its defaults.
 Rounds run ours and theirs one after another, in float32 and in bfloat16 (theirs by
-autocast), on as many threads. Processor seconds are printed beside wall-clock seconds:
-they do not change when something else runs on the machine.
+autocast), on as many threads. Records go to `experiments/benchmarks/results.jsonl`;
+processor seconds stand beside wall-clock seconds, for they change less when something
+else runs on the machine. On Linux `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before the
+command spares both loops most page faults.
 """
 
-import json
+import functools
 import os
-import resource
+import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -22,6 +25,8 @@ from absl import app, flags
 
 from jaxling import models
 from jaxling.training import packing, recipe, steps
+
+from . import harness
 
 _ROUNDS = flags.DEFINE_integer("training_rounds", 7, "Interleaved repetitions.")
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of the products.")
@@ -78,44 +83,42 @@ def theirs(tokens, dtype):
     return step
 
 
-def main(argv) -> None:
-    """Prints one JSON record."""
+def main(argv: list[str]) -> None:
+    """Times the loops and records how many times as fast ours is, for each dtype."""
     del argv
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(os.cpu_count() or 1)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, VOCABULARY, (BATCH, LENGTH)).astype(np.int32)
-    loops = {
-        f"{name} {dtype}": make(tokens, dtype)
-        for dtype in _DTYPES.value
-        for name, make in (("jaxling", ours), ("torch", theirs))
-    }
-    losses = {name: [step(), step()] for name, step in loops.items()}
-    wall: dict[str, list[float]] = {name: [] for name in loops}
-    processor: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(_ROUNDS.value):
-        for name, step in loops.items():
-            began, used = time.perf_counter(), time.process_time()
-            losses[name].append(step())
-            wall[name].append(time.perf_counter() - began)
-            processor[name].append(time.process_time() - used)
-    record = {
-        "tokens_a_step": BATCH * LENGTH,
-        "threads": os.cpu_count(),
-        "versions": {
-            "jax": jax.__version__,
+    for dtype in _DTYPES.value:
+        loops = {"jaxling": ours(tokens, dtype), "torch": theirs(tokens, dtype)}
+        losses = {name: [step(), step()] for name, step in loops.items()}
+        processor: dict[str, list[float]] = {name: [] for name in loops}
+
+        def timed(name: str, step: Callable[[], float], used=processor) -> float:
+            began = time.process_time()
+            loss = step()
+            used[name].append(time.process_time() - began)
+            return loss
+
+        timings, _ = harness.interleaved(
+            {name: functools.partial(timed, name, loops[name]) for name in loops},
+            _ROUNDS.value,
+        )
+        speed = {name: BATCH * LENGTH / timings[name].median for name in loops}
+        found = {
+            "times_as_fast": round(speed["jaxling"] / speed["torch"], 2),
+            "tokens_per_second": {name: round(speed[name]) for name in loops},
+            "processor_seconds": {
+                name: round(statistics.median(processor[name]), 3) for name in loops
+            },
+            "losses": {name: np.round(losses[name], 3).tolist() for name in loops},
+            "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-        },
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
-    for name in loops:
-        record[name] = {
-            "tokens_per_second": round(BATCH * LENGTH / np.median(wall[name])),
-            "seconds": sorted(np.round(wall[name], 3).tolist()),
-            "processor_seconds": sorted(np.round(processor[name], 3).tolist()),
-            "losses": [round(loss, 3) for loss in losses[name]][:4],
+            "malloc": os.environ.get("GLIBC_TUNABLES", ""),
         }
-    print(json.dumps(record, indent=1))
+        case = {"parameters": 9.9e6, "batch": BATCH, "length": LENGTH, "dtype": dtype}
+        harness.record("training", case, timings, found)
 
 
 if __name__ == "__main__":

@@ -152,9 +152,7 @@ def _words(units: list[str], fold_case: bool) -> _Words:
         while slots[slot] >= 0:
             slot = (slot + 1) % size
         slots[slot] = number
-    return _Words(
-        codes, first_alone, heads, ends, lengths, blocks[:, 1:].copy(), slots
-    )
+    return _Words(codes, first_alone, heads, ends, lengths, blocks[:, 1:].copy(), slots)
 
 
 def _hash(

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from . import positions
-from .cache import Tap
+from .cache import ATTENDED, Tap
 from .layers import Linear, Norm, Relative, Spec, normal, product, softcap
 
 
@@ -111,7 +112,7 @@ class Attention(nnx.Module):
             preferred_element_type=jnp.float32,
         )
         z = z.reshape(batch, heads, length, size) / total
-        return z.astype(v.dtype).transpose(0, 2, 1, 3)
+        return checkpoint_name(z.astype(v.dtype), ATTENDED).transpose(0, 2, 1, 3)
 
     def _clip(self, x: Array) -> Array:
         limit = self.spec.clip_qkv

@@ -172,7 +172,8 @@ class Taps:
         A point kept at some layers only takes memory for those layers only.
         """
         if not self._names and not self._hooks:
-            return lax.scan(lambda x, xs: block(untapped, x, xs), x, xs, length=layers)
+            plain = _frugal(lambda x, xs: block(untapped, x, xs))
+            return lax.scan(plain, x, xs, length=layers)
         shapes: dict[str, jax.ShapeDtypeStruct] = {}
 
         def measure(point: str, value: Array) -> Array:
@@ -219,7 +220,7 @@ class Taps:
             return (x, buffers), ys
 
         scanned = (xs, jnp.arange(layers), slots, keeps)
-        (x, buffers), ys = lax.scan(step, (x, buffers), scanned, length=layers)
+        (x, buffers), ys = lax.scan(_frugal(step), (x, buffers), scanned, length=layers)
         for point, buffer in buffers.items():
             stack = _stack_name(prefix, point)
             self._arrays[stack] = buffer
@@ -259,6 +260,24 @@ class Taps:
             return bool(self._names(name))
         # Not `any`: every pattern that matches has to be marked as used.
         return sum(self._matches(pattern, name, stack) for pattern in self._names) > 0
+
+
+ATTENDED = "attended"  # what attention gives, by this name in `_frugal`
+
+
+def _frugal(step: Callable) -> Callable:
+    """A step whose backward pass keeps products with parameters, and `ATTENDED`.
+
+    The rest (norms, activations, attention's scores) is computed anew: on a CPU that
+    takes less time than to write and read it, and a fraction of the memory. A forward
+    pass is the same program as without.
+    """
+    policies = jax.checkpoint_policies
+    kept = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,
+        policies.save_only_these_names(ATTENDED),
+    )
+    return jax.checkpoint(step, policy=kept, prevent_cse=False)
 
 
 def _apply(hook: Callable, name: str, value: Array) -> Array:
