@@ -162,7 +162,8 @@ def test_what_is_saved_transformers_loads_to_the_same_logits(checkpoint, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "case", ["bert-untied-odd-heads", "xlm-roberta-headless", "xlm-roberta-xl"]
+    "case",
+    ["bert-untied-odd-heads", "roberta", "xlm-roberta-headless", "xlm-roberta-xl"],
 )
 def test_gradients_agree_with_transformers(case, build, agree):
     path, oracle = build(case)

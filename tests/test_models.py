@@ -67,6 +67,11 @@ CASES = {
             original_max_position_embeddings=16,
         ),
     ),
+    "llama-linear": dict(
+        SIZES,
+        model_type="llama",
+        rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=2.5),
+    ),
     "mistral": dict(SIZES, model_type="mistral", sliding_window=5),
     "qwen2": dict(
         MULTI_HEAD,

@@ -527,6 +527,7 @@ def test_prefixes_and_known_extras_are_rules(llama, saved, tmp_path, tokens):
     for name, value in load_file(saved / "model.safetensors").items():
         bare |= {name: None, name.removeprefix("model."): value}
     bare["lm_head.weight"] = np.zeros((64, 32), np.float32)  # tied: it is not read
+    bare["score.weight"] = np.zeros((2, 32), np.float32)  # a classifier's
     bare["layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
     again = models.load(rewritten(saved, tmp_path, tensors=bare))
     np.testing.assert_array_equal(again(tokens), llama(tokens))

@@ -7,8 +7,7 @@ AdamW and clipping; the PyTorch loop is that of `transformers`' Llama with its d
 Rounds run ours and theirs one after another, in float32 and in bfloat16 (theirs by
 autocast), on as many threads. Records go to `experiments/benchmarks/results.jsonl`;
 processor seconds stand beside wall-clock seconds, for they change less when something
-else runs on the machine. On Linux `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` before the
-command spares both loops most page faults.
+else runs on the machine.
 """
 
 import functools
@@ -115,7 +114,6 @@ def main(argv: list[str]) -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "malloc": os.environ.get("GLIBC_TUNABLES", ""),
         }
         case = {"parameters": 9.9e6, "batch": BATCH, "length": LENGTH, "dtype": dtype}
         harness.record("training", case, timings, found)

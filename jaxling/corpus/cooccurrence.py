@@ -395,7 +395,8 @@ def merge(a: Counts, b: Counts) -> Counts:
         return None if x is None else x + y
 
     parts: list[Any] = [joined(x, y) for x, y in zip(a[:-1], b[:-1])]
-    return Counts(*parts, damage=add_damage(a.damage, b.damage))
+    parts.append(add_damage(a.damage, b.damage))
+    return Counts(*parts)
 
 
 def pair_counts(

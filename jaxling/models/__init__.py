@@ -3,6 +3,10 @@
 model = load("path or id", dtype="float32")
 logits, cache = model.run_with_cache(tokens, attention_mask)
 cache["resid_post"]  # [layer, batch, position, d]
+
+A family is one file: the attributes of its config with their defaults, the spec that
+they amount to, and the rules by which its tensors fill the parameters; `FAMILIES` names
+it. What it computes is chosen from the parts of `layers`, `attention` and `blocks`.
 """
 
 import os

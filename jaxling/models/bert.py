@@ -88,8 +88,6 @@ def body(prefix: str, norms: dict[str, str]) -> Table:
         f"{prefix}embeddings.position_ids": Ignore("recomputed"),
         f"{prefix}embeddings.token_type_ids": Ignore("recomputed"),
         f"{prefix}pooler.{{any}}": Ignore("no hidden state depends on it"),
-        "classifier.{any}": Ignore("a head for another task"),
-        "qa_outputs.{any}": Ignore("a head for another task"),
         **dense(block + "attention.self.query", attention + "query"),
         **dense(block + "attention.self.key", attention + "key"),
         **dense(block + "attention.self.value", attention + "value"),

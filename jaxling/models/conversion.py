@@ -24,7 +24,7 @@ from jaxling.checkpoints import Checkpoint, CheckpointError
 
 from .config import Family, abstract
 from .model import Model
-from .rules import Alias, Ignore, Rule, Rules, as_pattern, spelled
+from .rules import OTHER_HEADS, Alias, Ignore, Rule, Rules, as_pattern, spelled
 
 
 class Slot(NamedTuple):
@@ -49,7 +49,8 @@ def load(
         ".".join(map(str, path)): tuple(value.shape)
         for path, value in nnx.to_flat_state(state)
     }
-    plan = _plan(checkpoint, family.rules(model.spec), shapes)
+    rules = {**OTHER_HEADS, **family.rules(model.spec)}
+    plan = _plan(checkpoint, rules, shapes)
     filled = []
     for path, variable in nnx.to_flat_state(state):
         name = ".".join(map(str, path))

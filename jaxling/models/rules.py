@@ -49,6 +49,19 @@ Rules = Mapping[str, Rule | Ignore | Alias]
 Table = dict[str, Rule | Ignore | Alias]  # one that is being written
 
 
+# Of any family: what other tasks put behind the last hidden state.
+OTHER_HEADS: Rules = {
+    name: Ignore("a head for another task")
+    for name in (
+        "score.{any}",
+        "classifier.{any}",
+        "classification_head.{any}",
+        "multiple_choice_head.{any}",
+        "qa_outputs.{any}",
+    )
+}
+
+
 def same(path: str) -> Rule:
     """The tensor as it is; an axis may be split into heads and sizes."""
     return Rule((path,), _split, lambda parts: parts[0])
