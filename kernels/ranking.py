@@ -66,7 +66,7 @@ def select(
     def chunk(first: int) -> None:
         last = min(first + _CHUNK, rows)
         crowd = total[first:last]
-        width = int(min(_CROWDED + k, crowd.max(initial=0)))
+        width = min(_CROWDED + k, int(crowd.max(initial=0)))
         padded = np.full((last - first, max(width, k)), EMPTY)
         row, rank = ranks_of(first, last)
         filled = np.zeros(last - first, np.int64)

@@ -275,7 +275,7 @@ class _Search:
         i, j = found.positions()
         rows, keys = len(self.rows.panel.ids), len(self.keys.panel.ids)
         present = (i < rows) & (j < keys)
-        if self.rows is self.keys and tile.row == tile.key:
+        if self.alone is not None and tile.row == tile.key:
             itself = i == j
             itself[itself] = ~self.alone[i[itself]]
             present &= (i > j) | itself
