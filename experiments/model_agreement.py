@@ -14,7 +14,8 @@ Figures 7 and 8 of Hyperpolyglot LLMs (Wen-Yi and Mimno, 2023,
 https://arxiv.org/abs/2311.18034). For every token that all models have, its 100 nearest
 (cosine, itself among them) inside that shared set are found in each model; the overlap
 is in per cent of the list. The band of chance, which the paper lacks, is what remains
-when one model's tokens are relabelled at random: hubs stay hubs. The angle is the
+when one model's tokens are relabelled at random: hubs stay hubs, and the token itself
+is in both lists, which is 1 of the 100. The angle is the
 cosine of the smallest principal angle between the column spaces, an upper bound on all
 others; --center subtracts the mean row first (the paper does not say). It is 1 by
 necessity where two spaces have more columns together than there are shared tokens.

@@ -29,7 +29,9 @@ def test_agreement_is_beyond_chance_and_whole_with_oneself(tmp_path):
         model_agreement.main([])
     found = summary(tmp_path)
     (pair,) = found["pairs"]
-    assert pair["overlap_percent"] > 5 * pair["chance_high"]
+    # A token is among its own 10 in both models, relabelled or not.
+    beyond = pair["overlap_percent"] - 10, pair["chance_high"] - 10
+    assert beyond[0] > 5 * beyond[1] >= 0
     assert 0.9 < pair["first_angle"] <= 1
     assert 0 < found["first_angle_with_random"]["demo"] < 0.5
     with flagsaver.flagsaver(workdir=str(tmp_path / "same"), models=["demo"]):
@@ -129,8 +131,8 @@ def test_parallel_files_are_read_and_refused(tmp_path):
         ("id\ten\n", "two languages"),
         ("id\ten\tde\na\tone\n", "Line 2"),
         ("id\ten\tde\na\tone\teins\n", "1 items"),
-        ("", "two languages"),
         ("id\ten\tde\ten\na\tone\teins\tuno\n", "twice"),
+        ("", "two languages"),
     ]:
         path.write_text(content, "utf-8")
         with pytest.raises(ValueError, match=message):
