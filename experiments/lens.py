@@ -6,8 +6,9 @@
 Default: the demo model reads a word-translation prompt, English to Swahili, whose
 answer its training words do not hold; half a minute on 2 CPU cores.
 
-Expect: at the answer's place the first layer gives Swahili's tokens between 2% and 7%,
-all later ones at least 28%; the answer itself is not found (rank 577 at the end).
+Expect: at the answer's place the first layer gives Swahili's tokens between 4% and 18%,
+the last between 28% and 62%; the answer itself is 57th of 12,288 after the first layer
+and 32nd after the last, and "▁wa" is the top one at all four.
 
 The logit lens (nostalgebraist, 2020): each layer's residual stream is read through the
 final norm and the unembedding. `--tuned_lens=DIR` reads it behind the translators in
