@@ -13,14 +13,17 @@ bound relative to the objective, not a step length, is what stops the iteration.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from . import batching, lockstep
+from . import mesh as meshes
 from .lockstep import LogisticFit
 from .problems import Problems, check
 
@@ -33,6 +36,7 @@ def fit_logistic(
     start: tuple[ArrayLike, ArrayLike] | None = None,
     tolerance: float = 5e-7,
     max_iterations: int = 500,
+    mesh: Mesh | None = None,
 ) -> LogisticFit:
     """Solves every problem over the rows of `x` to a certified tolerance.
 
@@ -44,6 +48,11 @@ def fit_logistic(
         neighbouring penalty, or of all rows before the folds); None starts at zero.
       tolerance: largest bound, relative to the objective, that counts as solved.
       max_iterations: iterations after which a problem is returned as it is.
+      mesh: deals the batches of problems out to these devices, of every layer; each
+        solves its own as one device would, and they send each other nothing. A device
+        holds the rows of one layer; `x` stays on the host, where it may be a memory
+        map, and must be concrete. With several processes each passes the same arrays
+        and gets the whole result.
 
     Computes in float32, or in float64 where `x` is float64 and x64 is enabled. Fewer
     rows than features are solved in the row space, which is exact. `x` may be traced
@@ -55,7 +64,7 @@ def fit_logistic(
     Raises:
       ValueError: a shape, a label, a penalty or a value of `x` breaks a rule.
     """
-    x = jnp.asarray(x)
+    x = jnp.asarray(x) if mesh is None else _concrete(x)
     if x.ndim not in (2, 3):
         raise ValueError(f"`x` must be [n, d] or [layer, n, d]; got shape {x.shape}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -74,6 +83,14 @@ def fit_logistic(
     problems, used = _numbered_by_use(problems, x.shape[-1])
     packed = batching.pack(problems)
     order = _places(packed)
+    if mesh is not None:
+        penalties = penalties.astype(dtype)
+        knobs = {"tolerance": tolerance, "max_iterations": max_iterations}
+        parts = _dealt(
+            *(x, packed, used, starts, penalties, outputs, meshes.line(mesh)), **knobs
+        )
+        fits = [_collected(part, order, None) for part in parts]
+        return _stacked(fits) if x.ndim == 3 else fits[0]
 
     fits, stored = [], None
     for layer, begin in enumerate(starts):
@@ -109,6 +126,113 @@ def fit_logistic(
             before = batch
         fits.append(_collected(parts, order, rotation))
     return _stacked(fits) if x.ndim == 3 else fits[0]
+
+
+def _concrete(x: ArrayLike) -> np.ndarray:
+    if isinstance(x, jax.core.Tracer):
+        raise ValueError("`x` must be concrete where there is a `mesh`; it is traced.")
+    x = meshes.on_host(x)
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    return x if x.dtype == dtype else x.astype(dtype)
+
+
+class _Unit(NamedTuple):
+    """What a device needs to solve one batch on one layer."""
+
+    batch: batching.Batch
+    penalties: np.ndarray
+    real: np.ndarray
+    begin: tuple[np.ndarray, np.ndarray] | None
+
+
+def _unit(packed: batching.Packed, i: int, penalties: np.ndarray, begin) -> _Unit:
+    batch, ids = packed.batches[i], packed.ids[i]
+    size = len(batch.owner)
+    if begin is not None:
+        begin = tuple(np.asarray(part)[np.resize(ids, size)] for part in begin)
+    real = np.arange(size) < len(ids)
+    return _Unit(batch, np.resize(penalties[ids], size), real, begin)
+
+
+class _Lines(NamedTuple):
+    """Rows of `x` that are read when a device wants them; all where `used` is None."""
+
+    x: np.ndarray
+    used: np.ndarray | None
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self.x if self.used is None else self.x[self.used], dtype)
+
+
+def _dealt(
+    x, packed, used, starts, penalties, outputs, mesh, *, tolerance, max_iterations
+) -> list[list[LogisticFit]]:
+    """The fits of every batch, layer by layer; in each round a device solves one."""
+    layers = x[None] if x.ndim == 2 else x
+    whole = [(a, i) for a in range(len(layers)) for i in range(len(packed.batches))]
+    fits: list[list[LogisticFit]] = [[] for _ in layers]
+    before, features = None, None
+    for start in range(0, len(whole), mesh.size):
+        units = whole[start : start + mesh.size]
+        # A device without a batch has one of which no problem is real.
+        idle = mesh.size - len(units)
+        made = [_unit(packed, i, penalties, starts[layer]) for layer, i in units]
+        made += [made[-1]._replace(real=made[-1].real & False)] * idle
+        chosen = [layer for layer, _ in units] + [units[-1][0]] * idle
+        if before != chosen:
+            features = meshes.deal([_Lines(layers[a], used) for a in chosen], mesh)
+        before = chosen
+        with meshes.entered(mesh):
+            found = _solved_on_each(
+                features,
+                jax.tree.map(lambda *parts: meshes.deal(parts, mesh), *made),
+                *meshes.copy((packed.pairs, tolerance, max_iterations), mesh),
+                outputs=outputs,
+                mesh=mesh,
+                row_space=used is not None,
+            )
+        found = jax.tree.map(np.asarray, found)
+        for device, (layer, _) in enumerate(units):
+            fits[layer].append(jax.tree.map(lambda a, d=device: a[d], found))
+    return fits
+
+
+@functools.partial(jax.jit, static_argnames=("outputs", "mesh", "row_space"))
+def _solved_on_each(
+    features, units, pairs, tolerance, max_iterations, *, outputs, mesh, row_space
+) -> LogisticFit:
+    """`[device, ...]`: the fit of each device's unit."""
+
+    def one(features, unit, pairs, tolerance, max_iterations):
+        features, unit = jax.tree.map(lambda a: a[0], (features, unit))
+        dtype = jnp.promote_types(features.dtype, jnp.float32)
+        batch, begin, rotation = unit.batch, unit.begin, None
+        if row_space:
+            features, rotation = _row_space(features.astype(dtype))
+            if begin is not None:
+                weights = lockstep.exact_product(begin[0], rotation.T)
+                begin = weights, begin[1]
+        (b, r), d = batch.rows.shape, features.shape[-1]
+        blocks = lockstep.empty_blocks(b, r, d, dtype)
+        _, fit = lockstep.solve(
+            lockstep.Rows(blocks, jnp.zeros((), dtype)),
+            *(features, 0, batch, lockstep.covariance_basis(features, pairs, dtype)),
+            *(unit.penalties, unit.real, begin),
+            jnp.where(unit.real.any(), batch.used.sum(), 0),
+            *(tolerance, max_iterations),
+            outputs=outputs,
+        )
+        if row_space:
+            weights = lockstep.exact_product(fit.weights, rotation)
+            fit = fit._replace(weights=weights)
+        return jax.tree.map(lambda a: a[None], fit)
+
+    everywhere = meshes.EVERYWHERE
+    inputs = (meshes.ROWS, meshes.ROWS, everywhere, everywhere, everywhere)
+    found = meshes.on_each(one, mesh, inputs, check_vma=False)(
+        features, units, pairs, tolerance, max_iterations
+    )
+    return meshes.everywhere(found, mesh)
 
 
 def _places(packed: batching.Packed) -> np.ndarray:
@@ -172,9 +296,9 @@ def _numbered_by_use(problems: Problems, d: int) -> tuple[Problems, np.ndarray |
     return problems._replace(tiles=tuple(tiles)), used
 
 
-def _check_finite(x: Array) -> None:
+def _check_finite(x: ArrayLike) -> None:
     """Raises ValueError naming the first row that holds NaN or Inf, if any does."""
-    if isinstance(x, jax.core.Tracer) or np.isfinite(jnp.sum(x, dtype=jnp.float32)):
+    if isinstance(x, jax.core.Tracer) or np.isfinite(x.sum(dtype=np.float32)):
         return
     rows = np.argwhere(~np.asarray(jnp.isfinite(x).all(axis=-1)))
     if len(rows):

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from . import concrete, dispatch, pairs, topk
+from . import concrete, dispatch, pairs, ringed, topk
+from . import mesh as meshes
 
 
 class Neighbors(NamedTuple):
@@ -44,6 +46,7 @@ def nearest_neighbors(
     *,
     k: int,
     metric: str = "cosine",
+    mesh: Mesh | None = None,
     implementation: str | None = None,
     with_proof: bool = False,
 ) -> Any:
@@ -64,6 +67,9 @@ def nearest_neighbors(
       keys: `[m, d]`, floating.
       k: how many neighbours, at least 1. Slots beyond the last valid key stay empty.
       metric: "cosine", "dot", or "l2" (squared Euclidean distance, ascending).
+      mesh: shares the rows of both sides out over these devices, whatever their
+        number; blocks of keys go round them. Every device ends with the whole result.
+        With several processes each passes the same arrays.
       implementation: "traced" is one compiled program, for use inside jit, vmap, grad
         and shard_map; "streamed" is driven from the host, for concrete arrays, and
         the fastest on a CPU; None chooses.
@@ -83,8 +89,12 @@ def nearest_neighbors(
             f" got {x.shape} and {y.shape}."
         )
     _check(k, metric)
-    chosen = dispatch.select("nearest_neighbors", _NEAREST, implementation, _ORDER)
-    found = chosen(x, y, k=k, metric=metric, named=implementation)
+    if mesh is not None:
+        _check_traced(implementation)
+        found = _meshed_nearest(x, y, k=k, metric=metric, mesh=mesh)
+    else:
+        chosen = dispatch.select("nearest_neighbors", _NEAREST, implementation, _ORDER)
+        found = chosen(x, y, k=k, metric=metric, named=implementation)
     return found if with_proof else found[0]
 
 
@@ -94,22 +104,30 @@ def all_pairs_neighbors(
     k: int,
     metric: str = "cosine",
     include_self: bool = False,
+    mesh: Mesh | None = None,
     implementation: str | None = None,
     with_proof: bool = False,
 ) -> Any:
     """The k closest rows of `x` for each of its rows, exactly.
 
     As `nearest_neighbors(x, x, ...)`; without `include_self` a row is not among its
-    own neighbours (a copy of it elsewhere is).
+    own neighbours (a copy of it elsewhere is). With a `mesh` of P devices each
+    multiplies its rows with those of (P + 1) / 2 devices, and not with all.
 
     Raises:
       ValueError: an argument has the wrong shape, dtype or value.
     """
     x = _matrix("x", x)
     _check(k, metric)
-    chosen = dispatch.select("all_pairs_neighbors", _ALL_PAIRS, implementation, _ORDER)
     knobs = {"k": k, "metric": metric, "include_self": include_self}
-    found = chosen(x, **knobs, named=implementation)
+    if mesh is not None:
+        _check_traced(implementation)
+        found = _meshed_all_pairs(x, **knobs, mesh=mesh)
+    else:
+        chosen = dispatch.select(
+            "all_pairs_neighbors", _ALL_PAIRS, implementation, _ORDER
+        )
+        found = chosen(x, **knobs, named=implementation)
     return found if with_proof else found[0]
 
 
@@ -321,6 +339,45 @@ def _traced_all_pairs(x, *, k, metric, include_self, named):
 def _traced_cross(a, b, best_a, best_b, *, k, metric, named):
     knobs = {"k": k, "metric": metric, "named": named}
     return _traced_nearest(a, b, **knobs)[0], _traced_nearest(b, a, **knobs)[0]
+
+
+def _check_traced(implementation: str | None) -> None:
+    if implementation not in (None, "traced"):
+        raise ValueError(
+            "`implementation` must be None or 'traced' where there is a `mesh`;"
+            f" got {implementation!r}."
+        )
+
+
+def _meshed_nearest(queries, keys, *, k, metric, mesh):
+    mesh = meshes.line(mesh)
+    if 0 in (queries.shape[0], keys.shape[0]):
+        return _traced_nearest(queries, keys, k=k, metric=metric, named=None)
+    with meshes.entered(mesh, queries, keys):
+        sides = (meshes.share(side, mesh, fill=np.nan) for side in (queries, keys))
+        found = ringed.nearest(
+            *sides, n=queries.shape[0], mesh=mesh, k=k, metric=metric
+        )
+        return _from_ring(found, metric)
+
+
+def _meshed_all_pairs(x, *, k, metric, include_self, mesh):
+    mesh = meshes.line(mesh)
+    knobs = {"k": k, "metric": metric, "include_self": include_self}
+    if x.shape[0] == 0:
+        return _traced_all_pairs(x, **knobs, named=None)
+    with meshes.entered(mesh, x):
+        rows = meshes.share(x, mesh, fill=np.nan, multiple=2)
+        found = ringed.all_pairs(rows, n=x.shape[0], mesh=mesh, **knobs)
+        return _from_ring(found, metric)
+
+
+@functools.partial(jax.jit, static_argnames=("metric",))
+def _from_ring(found, metric):
+    best = found.best
+    scores = pairs.score(best.closeness, found.exponent, metric)
+    neighbors = _ordered(Neighbors(scores, best.ids), metric)
+    return neighbors, Proof(best.unproved)
 
 
 def _streamed_nearest(queries, keys, *, k, metric, named):

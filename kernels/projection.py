@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
+
+from . import mesh as meshes
 
 # Stands for "not a token" in a tile. Finite, so that 0 * MASKED is 0 and not NaN.
 _MASKED = -1e30
@@ -65,6 +68,7 @@ def project_layers(
     groups: ArrayLike | None = None,
     tile: int = 4096,
     block: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Projection:
     """Reads every layer through the unembedding (the logit lens and its kin).
 
@@ -100,6 +104,9 @@ def project_layers(
       groups: `[g, vocab]` weights, 0 or 1 for sets of tokens.
       tile: tokens per step.
       block: positions per step; by default as many as keep a tile of logits at 8 MiB.
+      mesh: shares positions and unembedding out over these devices, whatever their
+        number; blocks of the vocabulary go round them, and every device ends with the
+        whole result. With several processes each passes the same arrays.
 
     Returns:
       A `Projection`. Shapes have `t` also where `targets` has one axis (`t = 1`).
@@ -108,7 +115,12 @@ def project_layers(
       ValueError: shapes that do not fit, `k` beyond the vocabulary or a tile, a
         target beyond the vocabulary, a non-positive `tile` or `block`.
     """
-    hidden, unembed = jnp.asarray(hidden), jnp.asarray(unembed)
+    if mesh is None:
+        hidden, unembed = jnp.asarray(hidden), jnp.asarray(unembed)
+    else:  # a memory map stays one
+        hidden, unembed = (
+            x if hasattr(x, "dtype") else jnp.asarray(x) for x in (hidden, unembed)
+        )
     if hidden.ndim != 3 or unembed.ndim != 2 or 0 in unembed.shape:
         raise ValueError(
             "`hidden` must be [layer, n, d] and `unembed` [vocab, d];"
@@ -147,16 +159,27 @@ def project_layers(
         groups = jnp.asarray(groups, jnp.float32)
         if groups.ndim != 2 or groups.shape[1] != vocab:
             raise ValueError(f"`groups` must be [g, {vocab}]; got {groups.shape}.")
-    block = min(block or max(1, _TILE // (tile * max(layers, 1))), max(n, 1))
-    # As many blocks as before, of one size, so that little padding is multiplied.
-    block = -(-n // max(1, -(-n // block))) or 1
     if not isinstance(transform, Partial):
         transform = Partial(transform or _same)
     arrays = hidden, unembed, transform, bias, targets, groups
-    options = _Options(softcap, k, entropy, divergence, min(tile, vocab), block)
+    if mesh is not None and n:
+        return _over_mesh(
+            *arrays,
+            _Options(softcap, k, entropy, divergence, tile, block or 0),
+            meshes.line(mesh),
+        )
+    block = _block_size(block, tile, layers, n)
+    options = _Options(softcap, k, entropy, divergence, tile, block)
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
     project = _traced if traced or n == 0 else _streamed
     return project(*arrays, options)
+
+
+def _block_size(given: int | None, tile: int, layers: int, n: int) -> int:
+    """Positions per step: as many blocks as needed, of one size, to multiply little
+    padding."""
+    most = min(given or max(1, _TILE // (tile * max(layers, 1))), max(n, 1))
+    return -(-n // max(1, -(-n // most))) or 1
 
 
 def _same(hidden: Array) -> Array:
@@ -265,8 +288,129 @@ def _traced(hidden, unembed, transform, bias, targets, groups, options):
     return jax.tree.map(gather, lax.map(one, (rows, targets)))
 
 
+def _over_mesh(hidden, unembed, transform, bias, targets, groups, options, mesh):
+    """Positions and unembedding shared out; see `_ringed`."""
+    (layers, n, _), vocab = hidden.shape, unembed.shape[0]
+    part = -(-n // mesh.size)
+    tile = min(options.tile, -(-vocab // mesh.size))
+    block = _block_size(options.block or None, tile, layers, part)
+    with meshes.entered(mesh, hidden, unembed, transform, bias, targets, groups):
+        if targets is not None:
+            targets = meshes.share(targets, mesh, fill=-1, multiple=block)
+        return _ringed(
+            meshes.share(hidden, mesh, axis=1, multiple=block),
+            meshes.share(unembed, mesh),
+            *meshes.copy((transform, bias), mesh),
+            targets,
+            meshes.copy(groups, mesh),
+            options=options._replace(tile=tile, block=block),
+            mesh=mesh,
+            n=n,
+            vocab=vocab,
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("options", "mesh", "n", "vocab"))
+def _ringed(
+    hidden, unembed, transform, bias, targets, groups, *, options, mesh, n, vocab
+):
+    """As `_traced` on each device's positions, while the unembedding goes round.
+
+    The logits of each visiting block are reduced by themselves and then joined to
+    what is known, as blocks come in another order on every device.
+    """
+    layers, size = hidden.shape[0], options.block
+    positions = meshes.PartitionSpec(None, meshes.AXIS)
+    wanted = None
+    if targets is not None:
+        wanted = unembed[jnp.clip(targets, 0, vocab - 1)]
+        sharding = NamedSharding(mesh, meshes.ROWS)
+        wanted = lax.with_sharding_constraint(wanted, sharding)
+    if bias is not None:
+        bias = jnp.pad(bias, (0, unembed.shape[0] - vocab))
+    if groups is not None:
+        groups = jnp.pad(groups, ((0, 0), (0, unembed.shape[0] - vocab)))
+
+    def share(hidden, unembed, transform, bias, groups, targets, wanted):
+        count, part = hidden.shape[1] // size, unembed.shape[0]
+        masked = part % options.tile > 0 or part * mesh.size > vocab
+
+        def blocks(x):  # [positions, ...] -> [block, position, ...]
+            return x.reshape(count, size, *x.shape[1:])
+
+        def prepare(inputs):
+            hidden, targets, wanted = inputs
+            given = hidden, unembed, transform, bias, targets, options, wanted
+            return _prepared(*given)
+
+        rows = hidden.reshape(layers, count, size, -1).swapaxes(0, 1)
+        prepared = lax.map(prepare, (rows, *jax.tree.map(blocks, (targets, wanted))))
+
+        def start(block):
+            return meshes.varying(_initial(block, options, layers, groups))
+
+        def visit(carries, keys, origin):
+            def one(inputs):
+                carry, block = inputs
+
+                @jax.checkpoint
+                def step(carry, i):
+                    tile = _tile_of(
+                        *(keys, bias, groups, i),
+                        size=options.tile,
+                        masked=masked,
+                        first=origin * part,
+                        vocab=vocab,
+                    )
+                    return _advanced(carry, block, tile, options), None
+
+                tiles = jnp.arange(-(-part // options.tile))
+                return _joined(carry, lax.scan(step, start(block), tiles)[0])
+
+            return lax.map(one, (carries, prepared))
+
+        carries = lax.map(start, prepared)
+        carries = meshes.ring(visit, carries, unembed, mesh.size)
+        found = lax.map(lambda x: _finished(*x, options), (carries, prepared))
+        # [block, layer, position, ...] -> [layer, positions, ...]
+        return jax.tree.map(
+            lambda x: x.swapaxes(0, 1).reshape(layers, count * size, *x.shape[3:]),
+            found,
+        )
+
+    everywhere, rows = meshes.EVERYWHERE, meshes.ROWS
+    inputs = (positions, rows, everywhere, everywhere, everywhere, rows, rows)
+    found = meshes.on_each(share, mesh, inputs, positions)(
+        *(hidden, unembed, transform, bias, groups, targets, wanted)
+    )
+    return meshes.everywhere(jax.tree.map(lambda x: x[:, :n], found), mesh)
+
+
+def _joined(a: dict, b: dict) -> dict:
+    """The carry of two disjoint parts of the vocabulary."""
+    top = jnp.maximum(a["max"], b["max"])
+    new = {"max": top}
+    shrinks = [jnp.exp(carry["max"] - top) for carry in (a, b)]
+    for name in ("sum", "weighted", "mass"):
+        if name in a:
+            new[name] = a[name] * shrinks[0] + b[name] * shrinks[1]
+    if "cross" in a:
+        new["cross"] = a["cross"] * shrinks[0][-1] + b["cross"] * shrinks[1][-1]
+    if "above" in a:
+        new["above"] = a["above"] + b["above"]
+    if "top" in a:
+        k = a["top"][0].shape[-1]
+        scores, ids = (jnp.concatenate(pair, -1) for pair in zip(a["top"], b["top"]))
+        cost, ids, scores = lax.sort((-scores, ids, scores), num_keys=2)
+        new["top"] = scores[..., :k], ids[..., :k]
+    return new
+
+
 @functools.partial(jax.jit, static_argnames="options")
-def _prepared(hidden, unembed, transform, bias, targets, options) -> _Block:
+def _prepared(
+    hidden, unembed, transform, bias, targets, options, wanted=None
+) -> _Block:
+    """`wanted` `[block, t, d]` are the targets' rows where `unembed` lacks some."""
     rows = transform(hidden)
     rows = rows.reshape(-1, rows.shape[-1]).astype(unembed.dtype)
     if targets is None:
@@ -277,12 +421,21 @@ def _prepared(hidden, unembed, transform, bias, targets, options) -> _Block:
     # tiles, of which one entry per target is kept.
     block, t = targets.shape
     layers = len(hidden)
-    flat = jnp.clip(targets.reshape(-1), 0, unembed.shape[0] - 1)
-    padded = jnp.pad(flat, (0, -flat.size % options.tile)).reshape(-1, options.tile)
+    flat = jnp.maximum(targets.reshape(-1), 0)
+    place = jnp.arange(flat.size)
+    padded = [
+        jnp.pad(x, (0, -flat.size % options.tile)).reshape(-1, options.tile)
+        for x in (flat, place)
+    ]
 
-    def one(ids):
-        shift = None if bias is None else bias[ids]
-        return _logits(rows, unembed[ids], shift, options.softcap)
+    def one(inputs):
+        ids, place = inputs
+        shift = None if bias is None else jnp.take(bias, ids, mode="clip")
+        if wanted is None:
+            keys = jnp.take(unembed, ids, axis=0, mode="clip")
+        else:
+            keys = wanted.reshape(flat.size, -1)[place]
+        return _logits(rows, keys, shift, options.softcap)
 
     logits = lax.map(one, padded).reshape(-1, layers, block)[: block * t]
     own = jnp.arange(block)
@@ -304,18 +457,22 @@ def _logits(rows, keys, bias, softcap) -> Float[Array, "tile rows"]:
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "masked"))
-def _tile_of(unembed, bias, groups, i, size, masked) -> _Tile:
+@functools.partial(jax.jit, static_argnames=("size", "masked", "vocab"))
+def _tile_of(unembed, bias, groups, i, size, masked, first=0, vocab=None) -> _Tile:
+    """Tile `i` of `unembed`, whose first row is token `first` of `vocab`."""
     # The last tile is moved back to end with the vocabulary; what it repeats is not
     # fresh. Padding would copy the whole unembedding.
     start = jnp.minimum(i * size, unembed.shape[0] - size)
-    ids = start + jnp.arange(size)
+    ids = first + start + jnp.arange(size)
+    fresh = ids >= first + i * size if masked else None
+    if masked and vocab is not None:
+        fresh &= ids < vocab
 
-    def cut(x, axis=0):
+    def cut(x, start, axis=0):
         return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis)
 
-    fresh = ids >= i * size if masked else None
-    return _Tile(cut(unembed), cut(bias), cut(groups, 1), ids, fresh)
+    others = cut(bias, first + start), cut(groups, first + start, 1)
+    return _Tile(cut(unembed, start), *others, ids, fresh)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "layers"))

@@ -5,14 +5,17 @@ and commutative, several devices are a merge over the mesh, a matrix larger than
 memory is a merge over chunks, and resuming is keeping the chunks that are done.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from . import mesh as meshes
 from . import numerics
 
 
@@ -42,6 +45,7 @@ def reduce_scores(
     tile: int = 4096,
     rows: int = 512,
     score: Callable[..., Array] | None = None,
+    mesh: Mesh | None = None,
 ) -> Any:
     """Every reducer's result over all keys, one walk over the scores for all of them.
 
@@ -61,6 +65,9 @@ def reduce_scores(
       rows: queries per tile.
       score: `(queries [r, d], keys [t, d]) -> scores [r, t]` in float32; the product
         accumulated in float32 when None.
+      mesh: shares the rows of both sides out over these devices, whatever their
+        number; blocks of keys go round them, and every device ends with the whole
+        result. With several processes each passes the same arrays.
 
     Returns:
       The results, in a tree like `reducers`.
@@ -68,6 +75,8 @@ def reduce_scores(
     Raises:
       ValueError: the two sides have other ranks or widths, or a tile is not positive.
     """
+    if mesh is not None:
+        return _over_mesh(queries, keys, reducers, mesh, tile, rows, score)
     return finish_scores(
         reducers,
         accumulate_scores(
@@ -92,6 +101,21 @@ def accumulate_scores(
     `shard_map`. Join chunks with `merge_scores`, then call `finish_scores`.
     """
     queries, keys = jnp.asarray(queries), jnp.asarray(keys)
+    _check(queries, keys, tile, rows)
+    row_ids = jnp.arange(queries.shape[0], dtype=jnp.int32)
+    return _accumulated(
+        row_ids,
+        queries,
+        keys,
+        first_key,
+        reducers=reducers,
+        tile=tile,
+        rows=rows,
+        score=score,
+    )
+
+
+def _check(queries: Any, keys: Any, tile: int, rows: int) -> None:
     if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
         raise ValueError(
             "`queries` and `keys` must be [n, d] and [m, d] with one d;"
@@ -100,6 +124,9 @@ def accumulate_scores(
     for name, size in (("tile", tile), ("rows", rows)):
         if size < 1:
             raise ValueError(f"`{name}` must be at least 1; got {size}.")
+
+
+def _accumulated(row_ids, queries, keys, first_key, *, reducers, tile, rows, score):
     score = score or numerics.scores_f32
     n = queries.shape[0]
 
@@ -107,7 +134,6 @@ def accumulate_scores(
         return _walk(reducers, score, row_ids, block_queries, keys, first_key, tile)
 
     whole = n // rows * rows
-    row_ids = jnp.arange(n, dtype=jnp.int32)
     parts = []
     if whole:
         shape = (whole // rows, rows)
@@ -119,6 +145,48 @@ def accumulate_scores(
     if whole < n or n == 0:
         parts.append(block(row_ids[whole:], queries[whole:]))
     return jax.tree.map(lambda *cs: jnp.concatenate(cs), *parts)
+
+
+def _over_mesh(queries, keys, reducers, mesh, tile, rows, score):
+    queries, keys = (
+        x if hasattr(x, "dtype") else jnp.asarray(x) for x in (queries, keys)
+    )
+    _check(queries, keys, tile, rows)
+    mesh = meshes.line(mesh)
+    n, m = queries.shape[0], keys.shape[0]
+    # Reducers need not know of keys that fill a part up, so there are none: what is
+    # left over of an even division is on every device.
+    even = m // mesh.size * mesh.size
+    accumulate = functools.partial(
+        _accumulated, reducers=reducers, tile=tile, rows=rows, score=score
+    )
+
+    def share(queries, keys, rest):
+        part = queries.shape[0]
+        ids = meshes.here() * part + jnp.arange(part, dtype=jnp.int32)
+        ids = jnp.minimum(ids, n - 1)
+
+        def visit(carry, block, origin):
+            new = accumulate(ids, queries, block, origin * block.shape[0])
+            return merge_scores(reducers, carry, new)
+
+        carry = accumulate(ids, queries, rest, even)
+        if even:
+            carry = meshes.ring(visit, carry, keys, mesh.size)
+        return finish_scores(reducers, carry)
+
+    @jax.jit
+    def reduced(*arrays):
+        inputs = meshes.ROWS, meshes.ROWS, meshes.EVERYWHERE
+        found = meshes.on_each(share, mesh, inputs)(*arrays)
+        return meshes.everywhere(jax.tree.map(lambda x: x[:n], found), mesh)
+
+    with meshes.entered(mesh, queries, keys):
+        return reduced(
+            meshes.share(queries, mesh),
+            meshes.share(keys[:even], mesh) if even else None,
+            meshes.copy(keys[even:], mesh),
+        )
 
 
 def merge_scores(reducers: Any, a: Any, b: Any) -> Any:

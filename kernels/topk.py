@@ -58,11 +58,7 @@ def search(
     rows = min(rows, max(n, 1))
     tile = min(tile, _rounded_up(max(m, 1), _GROUP))
     bounds = pairs.bound(queries, keys, metric)
-    tiles = _Tiles(
-        _blocks(keys.values, tile),
-        _blocks(keys.valid, tile),
-        tile * jnp.arange(-(-m // tile), dtype=jnp.int32),
-    )
+    tiles = _tiles(keys, tile)
 
     def block(xs):
         values, needed, block_excluded, block_bounds = xs
@@ -73,6 +69,78 @@ def search(
     parts = (queries.values, queries.valid, excluded, bounds)
     found = lax.map(block, tuple(_blocks(part, rows) for part in parts))
     return Found(*(x.reshape(-1, *x.shape[2:])[:n] for x in found))
+
+
+def search_both(
+    rows: pairs.Rows,
+    keys: pairs.Rows,
+    *,
+    k: int,
+    metric: pairs.Metric,
+    tile: int = 2048,
+) -> tuple[Found, Found]:
+    """The k closest keys of each row and the k closest rows of each key.
+
+    As two searches, from one product: each tile of `tile x tile` scores is read by
+    rows and by columns. Both sides share one scale.
+    """
+    sides = jax.tree.map(lax.stop_gradient, (rows, keys))
+    widths = k + _spare(k)
+    tiles = [
+        _tiles(side, min(tile, _rounded_up(max(side.values.shape[0], 1), _GROUP)))
+        for side in sides
+    ]
+
+    def nothing(valid):
+        # Computed from the data: under shard_map it must vary over the mesh as they do.
+        lowest = jnp.where(valid, -jnp.inf, -jnp.inf)
+        several = jnp.broadcast_to(lowest[..., None], (*valid.shape, widths))
+        return _Candidates(several, (several > 0).astype(jnp.int32), lowest)
+
+    def joined(kept, scores, first):
+        ids = first + jnp.arange(scores.shape[1], dtype=jnp.int32)
+        width = min(widths, scores.shape[1])
+        new = _keep(scores, jnp.broadcast_to(ids, scores.shape), width)
+        both = _keep(
+            jnp.concatenate([kept.scores, new.scores], axis=1),
+            jnp.concatenate([kept.ids, new.ids], axis=1),
+            widths,
+        )
+        dropped = jnp.maximum(kept.excluded, new.excluded)
+        return both._replace(excluded=jnp.maximum(both.excluded, dropped))
+
+    def row_tile(of_keys, mine):
+        def key_tile(of_rows, xs):
+            theirs, kept = xs
+            scores = pairs.tile_closeness(mine.values, theirs.values, metric)
+            allowed = mine.valid[:, None] & theirs.valid[None, :]
+            scores = jnp.where(allowed, scores, -jnp.inf)
+            of_rows = joined(of_rows, scores, theirs.first)
+            return of_rows, joined(kept, scores.T, mine.first)
+
+        of_rows, of_keys = lax.scan(key_tile, nothing(mine.valid), (tiles[1], of_keys))
+        return of_keys, of_rows
+
+    of_keys, of_rows = lax.scan(row_tile, nothing(tiles[1].valid), tiles[0])
+
+    def certified(me, kept):
+        mine, other = sides[me], sides[1 - me]
+        size = tiles[me].valid.shape[1]
+
+        def block(xs):
+            values, valid, bounds, kept = xs
+            nobody = jnp.full_like(kept.ids[:, 0], -1)
+            return _certified(
+                *(values, valid, nobody, bounds, kept),
+                *(other.values, tiles[1 - me], k, metric),
+            )
+
+        bounds = _blocks(pairs.bound(mine, other, metric), size)
+        found = lax.map(block, (tiles[me].values, tiles[me].valid, bounds, kept))
+        count = mine.values.shape[0]
+        return Found(*(x.reshape(-1, *x.shape[2:])[:count] for x in found))
+
+    return certified(0, of_rows), certified(1, of_keys)
 
 
 def pair_scores(
@@ -102,6 +170,16 @@ class _Tiles(NamedTuple):
     first: Int[Array, " tiles"]
 
 
+def _tiles(keys: pairs.Rows, size: int) -> _Tiles:
+    values, valid = _blocks(keys.values, size), _blocks(keys.valid, size)
+    return _Tiles(values, valid, size * jnp.arange(len(valid), dtype=jnp.int32))
+
+
+def _spare(k: int) -> int:
+    """How many candidates are kept beyond k."""
+    return max(16, k // 8)
+
+
 def _tile(tiles: _Tiles, i: int | Array) -> _Tiles:
     return _Tiles(*(x[i] for x in tiles))
 
@@ -115,8 +193,7 @@ class _Candidates(NamedTuple):
 
 
 def _search_block(values, needed, excluded, bounds, key_values, tiles, k, metric):
-    r, m = values.shape[0], key_values.shape[0]
-    spare = max(16, k // 8)
+    spare = _spare(k)
     width = min(k + spare, tiles.values.shape[1])
 
     def from_tile(tile: _Tiles) -> _Candidates:
@@ -145,6 +222,16 @@ def _search_block(values, needed, excluded, bounds, key_values, tiles, k, metric
     if used < count:
         kept, _ = lax.scan(step, kept, jnp.arange(used, count))
 
+    return _certified(
+        values, needed, excluded, bounds, kept, key_values, tiles, k, metric
+    )
+
+
+def _certified(
+    values, needed, excluded, bounds, kept, key_values, tiles, k, metric
+) -> Found:
+    """The k best of the `kept` keys by pair score, or of all keys where unproved."""
+    r, m = values.shape[0], key_values.shape[0]
     known = kept.scores > -jnp.inf
     ids = jnp.where(known, kept.ids, m)
     size = max(1, _GATHERED // max(1, ids.shape[1] * values.shape[1]))

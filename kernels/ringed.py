@@ -1,0 +1,193 @@
+"""Exact neighbours over a mesh: blocks of keys go round, and every visit is certified.
+
+Each visit is a search of its own (`topk`) whose result is exact for that block of
+keys, so that merging by pair score and index is all that is left. Where all rows look
+for each other a product serves both of its sides: after its own block a device meets
+those of the next floor(P/2) devices, and what a visitor finds travels with it, then
+home. With P even the last of them meet twice, and each of the two takes half.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from . import mesh as meshes
+from . import pairs, topk
+
+
+class Best(NamedTuple):
+    """The closest keys so far, best first.
+
+    Attributes:
+      closeness: pair scores; NaN where there is no key.
+      ids: -1 where there is no key.
+      unproved: rows that some search had to rescue.
+    """
+
+    closeness: Float[Array, "n k"]
+    ids: Int[Array, "n k"]
+    unproved: Bool[Array, " n"]
+
+
+class Ringed(NamedTuple):
+    """`Best` of all rows on every device, and the exponents of their scores."""
+
+    best: Best
+    exponent: Int[Array, " n"]
+
+
+@functools.partial(jax.jit, static_argnames=("n", "mesh", "k", "metric"))
+def nearest(
+    queries: Float[Array, "a d"],
+    keys: Float[Array, "b d"],
+    *,
+    n: int,
+    mesh: Mesh,
+    k: int,
+    metric: pairs.Metric,
+) -> Ringed:
+    """The k closest keys of the first `n` queries; both sides are shared out.
+
+    Rows of NaN, which are nobody's neighbours, fill the parts up.
+    """
+    rows, others = pairs.prepare(queries, keys, metric)
+    size = mesh.size
+
+    def search(rows, others):
+        part = others.valid.shape[0]
+
+        def visit(best, block, origin):
+            nobody = jnp.full_like(best.ids[:, 0], -1)
+            found = topk.search(rows, block, nobody, k=k, metric=metric)
+            return _merged(best, _scored(found, rows, block, origin * part, metric))
+
+        return meshes.ring(visit, _none(rows, k), others, size)
+
+    found = meshes.on_each(search, mesh, meshes.ROWS)(rows, others)
+    exponent = rows.exponent + others.exponent[:1]
+    return _whole(Ringed(found, exponent), n, mesh)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("n", "mesh", "k", "metric", "include_self")
+)
+def all_pairs(
+    x: Float[Array, "a d"],
+    *,
+    n: int,
+    mesh: Mesh,
+    k: int,
+    metric: pairs.Metric,
+    include_self: bool,
+) -> Ringed:
+    """The k closest rows of `x` for each of its first `n` rows; `x` is shared out.
+
+    Rows of NaN fill the parts up, which are of even length.
+    """
+    rows, _ = pairs.prepare(x, x, metric, one_scale=True)
+    search = functools.partial(
+        _all_pairs, size=mesh.size, k=k, metric=metric, include_self=include_self
+    )
+    found = meshes.on_each(search, mesh, meshes.ROWS)(rows)
+    return _whole(Ringed(found, 2 * rows.exponent), n, mesh)
+
+
+def _all_pairs(rows, *, size, k, metric, include_self):
+    part = rows.valid.shape[0]
+    me = meshes.here()
+    meet = functools.partial(topk.search_both, k=k, metric=metric)
+
+    def both(best, block, travelling, origin):
+        of_rows, of_block = meet(rows, block)
+        here = _scored(of_rows, rows, block, origin * part, metric)
+        there = _scored(of_block, block, rows, me * part, metric)
+        return _merged(best, here), _merged(travelling, there)
+
+    def step(s, state):
+        best, block, travelling = state
+        coming = meshes.passed(block, size)
+        best, travelling = both(best, block, travelling, (me + s) % size)
+        return best, coming, meshes.passed(travelling, size)
+
+    block = meshes.passed(rows, size) if size > 1 else rows
+    own = jnp.arange(part, dtype=jnp.int32)
+    alone = jnp.full_like(own, -1) if include_self else own
+    found = topk.search(rows, rows, alone, k=k, metric=metric)
+    best = _scored(found, rows, rows, me * part, metric)
+    if size == 1:
+        return best
+    last = size // 2
+    state = best, block, meshes.varying(_none(rows, k))
+    if last > 1:
+        state = lax.fori_loop(1, last, step, state)
+    best, block, travelling = state
+    origin = (me + last) % size
+    if size % 2:
+        best, travelling = both(best, block, travelling, origin)
+    else:
+        # Both partners are here and there. The whole of the lower one meets the first
+        # half of the upper one on the lower one, the second on the upper one.
+        half = part // 2
+        lower = me < last
+
+        def chosen(yes, no):
+            return jax.tree.map(lambda a, b: jnp.where(lower, a, b), yes, no)
+
+        def cut(rows, start, stop):
+            return jax.tree.map(lambda x: x[start:stop], rows)
+
+        whole = chosen(rows, block)
+        some = chosen(cut(block, 0, half), cut(rows, half, part))
+        of_whole, of_some = meet(whole, some)
+        first = jnp.where(lower, origin * part, me * part + half)
+        of_whole = _scored(of_whole, whole, some, first, metric)
+        first = jnp.where(lower, me * part, origin * part)
+        of_some = _scored(of_some, some, whole, first, metric)
+        nothing = _none(some, k)
+        of_some = chosen(_stacked(of_some, nothing), _stacked(nothing, of_some))
+        best = _merged(best, chosen(of_whole, of_some))
+        travelling = _merged(travelling, chosen(of_some, of_whole))
+    return _merged(best, meshes.passed(travelling, size, -last))
+
+
+def _none(rows: pairs.Rows, k: int) -> Best:
+    n = rows.valid.shape[0]
+    return Best(
+        jnp.full((n, k), jnp.nan), jnp.full((n, k), -1, jnp.int32), jnp.zeros(n, bool)
+    )
+
+
+def _stacked(a: Best, b: Best) -> Best:
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)
+
+
+def _scored(found: topk.Found, rows, block, first, metric) -> Best:
+    """What was found among a block's rows, whose first one has the id `first`."""
+    closeness = topk.pair_scores(rows, block, found.indices, metric)
+    empty = found.indices < 0
+    return Best(
+        jnp.where(empty, jnp.nan, closeness),
+        jnp.where(empty, -1, found.indices + first),
+        found.unproved,
+    )
+
+
+def _merged(a: Best, b: Best) -> Best:
+    """The best of both: by closeness, then by the lower id."""
+    closeness = jnp.concatenate([a.closeness, b.closeness], axis=1)
+    ids = jnp.concatenate([a.ids, b.ids], axis=1)
+    last = jnp.iinfo(ids.dtype).max
+    cost = jnp.where(ids < 0, jnp.inf, -closeness)
+    order = jnp.where(ids < 0, last, ids)
+    found = lax.sort((cost, order, closeness), dimension=1, num_keys=2)
+    _, order, closeness = (part[:, : a.ids.shape[1]] for part in found)
+    return Best(closeness, jnp.where(order == last, -1, order), a.unproved | b.unproved)
+
+
+def _whole(found: Ringed, n: int, mesh: Mesh) -> Ringed:
+    return meshes.everywhere(jax.tree.map(lambda x: x[:n], found), mesh)
