@@ -46,6 +46,20 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where results go; runs/<experiment> when not given."
 )
 
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Share the work with the other processes of this job, as SLURM, Open MPI, a TPU pod"
+    " or Kubernetes tell them; or as the three flags below do.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Address and port of process 0, where nothing else tells."
+)
+PROCESS_COUNT = flags.DEFINE_integer(
+    "process_count", None, "How many processes meet there.", 1
+)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this one.", 0)
+
 LEXICON = flags.DEFINE_list(
     "lexicon",
     [],
@@ -99,7 +113,10 @@ DASK = flags.DEFINE_string(
 
 
 # On results: they are no part of a run's record, and may differ when it is resumed.
-_WITHOUT_EFFECT = {"workdir", "processes", "dask"}
+_WITHOUT_EFFECT = {
+    *("workdir", "processes", "dask"),
+    *("distributed", "coordinator", "process_count", "process_id"),
+}
 
 
 class Run(NamedTuple):
@@ -133,11 +150,39 @@ def _plain(content: Any) -> Any:
     return content
 
 
-def begin(experiment: str, inputs: dict[str, Any] | None = None) -> Run:
+def join_processes() -> tuple[int, int]:
+    """Number and count of the processes of this job; (0, 1) where it is alone.
+
+    To be called before anything is computed. Process 0 writes the results.
+
+    Raises:
+      ValueError: the flags do not fit each other, or the processes did not meet.
+    """
+    given = COORDINATOR.value, PROCESS_COUNT.value, PROCESS_ID.value
+    if given == (None, None, None) and not DISTRIBUTED.value:
+        return 0, 1
+    if None in given and given != (None, None, None):
+        raise ValueError("--coordinator, --process_count and --process_id go together.")
+    import jax
+
+    try:
+        jax.distributed.initialize(*given)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            "The processes of this job did not meet; where no cluster is detected, give"
+            f" --coordinator, --process_count and --process_id. ({error})"
+        ) from error
+    return jax.process_index(), jax.process_count()
+
+
+def begin(
+    experiment: str, inputs: dict[str, Any] | None = None, *, write: bool = True
+) -> Run:
     """Makes the work directory and writes `config.json`: all flags, versions, inputs.
 
     `inputs` names what was read (hashes of tensors, paths of data). A directory that
-    holds the record of a run with other flags or inputs is refused.
+    holds the record of a run with other flags or inputs is refused. Of several
+    processes all look and one writes.
 
     Raises:
       ValueError: the directory was made with other flags or inputs.
@@ -178,7 +223,8 @@ def begin(experiment: str, inputs: dict[str, Any] | None = None) -> Run:
                     f" {_difference(before.get(part), new)}. Choose another"
                     " --workdir, or remove that one."
                 )
-    write_json(path, config)
+    if write:
+        write_json(path, config)
     return Run(workdir, time.time())
 
 

@@ -20,7 +20,9 @@ tokens. The paper's numbers, from a sample of 1% (`--sample=0.01`): 7.61 categor
 (standard deviation 4.24) for mT5-XL, 1.64 (0.98) for XLM-R-XL; 6.8 to 8.8 in every
 decile of frequency for mT5-XL. The paper gives no translation rate.
 
-The same command goes on with a run that was interrupted.
+The same command goes on with a run that was interrupted. With `--distributed` the
+processes of a job share the work, and each saves what it has finished; where some of
+them end early, the same job goes on from there.
 """
 
 import hashlib
@@ -73,6 +75,7 @@ _PANEL = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     """Finds the neighbours, describes them, leaves tables, pictures and the page."""
     del argv
+    number, processes = common.join_processes()
     model, k = common.MODEL.value, common.K.value or _K
     words = vocabulary.load_vocabulary(model, common.REVISION.value)
     checkpoint = checkpoints.open_checkpoint(model, common.REVISION.value)
@@ -97,6 +100,7 @@ def main(argv: list[str]) -> None:
             "dictionary": dictionary and _digest(repr(dictionary)),
             "frequencies": frequencies is not None and _digest(frequencies.tobytes()),
         },
+        write=number == 0,
     )
 
     matrix = checkpoint.read(name, rows=slice(count))
@@ -109,7 +113,12 @@ def main(argv: list[str]) -> None:
         path=run.workdir / "sweep.state",
         matrix_identity=digest,
         panel=_PANEL.value,
+        share=(number, processes),
+        progress=number == 0,
     )
+    swept = sweeps.joined(swept)
+    if number:
+        return
     lines = queries if every else slice(None)
     ids, distances = swept.indices[lines], 1 - swept.scores[lines]
 

@@ -5,26 +5,32 @@ neighbours among its rows, and its rows among all so far, so that a pair of pane
 scored once for both sides. No row is final before the last band; the running
 neighbours of all rows are the state. It is saved after each band, in one file that is
 either the old state or the new one, with a checksum over everything in it.
+
+Pairs of panels can be shared out over processes: each has running neighbours of its
+own, saves them by itself, and only at the end are they merged.
 """
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
 from jaxling import kernels
 
 PANEL = 16_384
+_JOINED = 16_384  # rows whose neighbours processes exchange together
 _BLOCK = 1 << 24  # bytes of the matrix looked at together on the host
 
 
@@ -79,13 +85,16 @@ def sweep_neighbors(
     path: str | os.PathLike | None = None,
     matrix_identity: str | None = None,
     panel: int = PANEL,
+    share: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> Sweep:
     """The `k` nearest other rows of each row of `matrix`, or of those in `rows`.
 
     Equal, to float32 rounding, to `all_pairs_neighbors(matrix, k=k, metric=metric)`
-    (with `rows`: to those lines of it), but at most two panels of the matrix are on
-    the device at a time, and `matrix` may be a memory map that is larger than memory.
+    (with `rows`: to those lines of it), but at most three panels of the matrix are on
+    a device at a time, one of them on its way while another is searched, and `matrix`
+    may be a memory map that is larger than memory. On accelerators all devices of this
+    process take part.
 
     Args:
       matrix: `[n, d]`, any real floating dtype.
@@ -99,6 +108,9 @@ def sweep_neighbors(
       matrix_identity: what tells `matrix` from others, `identity(matrix)` when None:
         pass it where it is known already.
       panel: rows of `matrix` that are brought in together.
+      share: number and count of the processes that share the work: this one does its
+        part of the pairs of panels, and `joined` merges what all of them found. Its
+        state is in a file of its own, beside `path`.
       progress: shows scores per second and the time left on standard error.
 
     Raises:
@@ -110,10 +122,13 @@ def sweep_neighbors(
     n = len(matrix)
     if panel < 1:
         raise ValueError(f"`panel` must be at least 1 row; got {panel}.")
-    task = _Task(
-        matrix, _ids("rows", rows, n), _ids("skip", skip, n), k, metric, min(panel, n)
-    )
+    if not 0 <= share[0] < share[1]:
+        raise ValueError(f"`share` must be a number below a count; got {share}.")
+    rows, skip = _ids("rows", rows, n), _ids("skip", skip, n)
+    task = _Task(matrix, rows, skip, k, metric, min(panel, n), share)
     path = None if path is None else pathlib.Path(path)
+    if path and share[1] > 1:
+        path = path.with_name(f"{path.name}.{share[0]}-of-{share[1]}")
     inputs = {}
     if path:
         inputs = {
@@ -123,6 +138,7 @@ def sweep_neighbors(
             "k": k,
             "metric": metric,
             "panel": task.panel,
+            "share": list(share),
             "versions": {"jax": jax.__version__, "numpy": np.__version__},
             "device": jax.devices()[0].device_kind,
         }
@@ -132,7 +148,9 @@ def sweep_neighbors(
         _Lists(np.full(shape, np.nan, np.float32), np.full(shape, -1, np.int32)),
     )
     starts = range(0, n, max(task.panel, 1))
-    work = [_scores(task, first) for first in starts]
+    work = [
+        sum(_cost(task, first, at) for at in _steps(task, first)) for first in starts
+    ]
     with tqdm.tqdm(
         total=sum(work),
         initial=sum(work[:resumed]),
@@ -142,13 +160,46 @@ def sweep_neighbors(
         disable=not progress,
     ) as bar:
         for band in range(resumed, len(starts)):
-            bring_in = _pair_band if rows is None else _query_band
-            for scores in bring_in(task, starts[band], best):
+            for scores in _band(task, starts[band], best):
                 bar.update(scores)
                 _give_back()
             if path:
                 _save(path, inputs, band + 1, best)
     return Sweep(best.scores, best.indices, len(starts), resumed)
+
+
+def joined(sweep: Sweep, metric: str = "cosine") -> Sweep:
+    """The neighbours among the shares of all processes, on each of them.
+
+    Every process calls this with the `Sweep` of its share. `bands` and `resumed` are
+    the sums over all.
+
+    Raises:
+      ConnectionError: another process is gone.
+    """
+    if jax.process_count() == 1:
+        return sweep
+    merge = functools.partial(kernels.merge_neighbors, metric=metric)
+    scores, indices = sweep.scores.copy(), sweep.indices.copy()
+    try:
+        bands, resumed = multihost_utils.process_allgather(
+            np.array([sweep.bands, sweep.resumed])
+        ).sum(axis=0)
+        for start in range(0, len(scores), _JOINED):
+            here = slice(start, start + _JOINED)
+            shares = multihost_utils.process_allgather((scores[here], indices[here]))
+            merged = functools.reduce(
+                merge,
+                [kernels.Neighbors(*map(jnp.asarray, one)) for one in zip(*shares)],
+            )
+            scores[here], indices[here] = map(np.asarray, merged)
+    except RuntimeError as error:
+        raise ConnectionError(
+            "Another process of this job is gone, so that its neighbours could not be"
+            " fetched. What each had finished is saved; the same command goes on from"
+            f" there. ({str(error).splitlines()[0][:200]})"
+        ) from error
+    return Sweep(scores, indices, int(bands), int(resumed))
 
 
 def _give_back() -> None:
@@ -169,53 +220,104 @@ class _Task(NamedTuple):
     k: int
     metric: str
     panel: int
+    share: tuple[int, int]
 
 
-def _pair_band(task: _Task, first: int, best: _Lists) -> Iterator[int]:
-    """The panel from row `first` with itself and all earlier ones, both ways.
+def _steps(task: _Task, first: int) -> list[int]:
+    """Which panels (of queries, where there are some) this share brings together with
+    the panel from row `first`: where they begin."""
+    band = first // task.panel
+    if task.rows is None:  # the panel itself, then the earlier ones
+        starts = [first, *range(0, first, task.panel)]
+        before = band * (band + 1) // 2
+    else:
+        starts = [*range(0, len(task.rows), task.panel)]
+        before = band * len(starts)
+    number, count = task.share
+    return [at for i, at in enumerate(starts, before) if i % count == number]
+
+
+def _band(task: _Task, first: int, best: _Lists) -> Iterator[int]:
+    """Everything of this share with the panel from row `first`.
 
     Changes `best` in place and yields how many scores each step has cost.
     """
+    steps, devices = _steps(task, first), _devices()
+    bring = _pair if task.rows is None else _query
+    new = [_panel(task, first, device) for device in devices[: len(steps)]]
+    groups = [
+        steps[at : at + len(devices)] for at in range(0, len(steps), len(devices))
+    ]
+    for group, others in _visits(task, first, groups, devices):
+        # An accelerator goes on by itself: all are at work before one is waited for.
+        each = zip(group, others, new)
+        found = [bring(task, first, at, *panels, best) for at, *panels in each]
+        for at, merge in zip(group, found):
+            merge()
+            yield _cost(task, first, at)
+
+
+def _visits(
+    task: _Task, first: int, groups: Sequence[list[int]], devices: list[jax.Device]
+) -> Iterator[tuple[list[int], list[jax.Array]]]:
+    """The panels of each group, one on each device; the next ones are on their way."""
+
+    def put(start: int, device: jax.Device) -> jax.Array | None:
+        if task.rows is None:
+            return None if start == first else _panel(task, start, device)
+        ids = task.rows[start : start + task.panel]
+        return jax.device_put(_absent_as_nan(task, task.matrix[ids], ids), device)
+
+    panels = (list(map(put, group, devices)) for group in groups)
+    coming = next(panels, None)
+    for group in groups:
+        present, coming = coming, next(panels, None)
+        assert present is not None
+        yield group, present
+
+
+def _devices() -> list[jax.Device]:
+    """What computes here: a processor's cores share one search."""
+    devices = jax.local_devices()
+    return devices[:1] if jax.default_backend() == "cpu" else devices
+
+
+def _pair(task: _Task, first: int, start: int, old, new, best: _Lists) -> Callable:
+    """The panels from rows `first` and `start`, both ways; returns what merges them."""
     k, metric = task.k, task.metric
-    new = _panel(task, first)
-    own = kernels.all_pairs_neighbors(new, k=k, metric=metric)
-    _merge(task, best, first, own, first)
-    size = min(task.panel, len(task.matrix) - first)
-    yield size * (size - 1) // 2
-    for start in range(0, first, task.panel):
-        old = _panel(task, start)
-        # What a row has already spares it all that is worse.
-        down, up = kernels.cross_neighbors(
-            *(old, new),
-            k=k,
-            metric=metric,
-            best_a=_known(task, best, start),
-            best_b=_known(task, best, first),
-        )
+    if start == first:
+        own = kernels.all_pairs_neighbors(new, k=k, metric=metric)
+        return functools.partial(_merge, task, best, first, own, first)
+    # What a row has already spares it all that is worse.
+    down, up = kernels.cross_neighbors(
+        *(old, new),
+        k=k,
+        metric=metric,
+        best_a=_known(task, best, start),
+        best_b=_known(task, best, first),
+    )
+
+    def merge():
         _merge(task, best, start, down, first)
         _merge(task, best, first, up, start)
-        yield task.panel * size
+
+    return merge
 
 
-def _query_band(task: _Task, first: int, best: _Lists) -> Iterator[int]:
-    """The queried rows against the panel from row `first`; as `_pair_band`."""
+def _query(task: _Task, first: int, start: int, queries, new, best: _Lists) -> Callable:
+    """The queried rows from line `start` against the panel from row `first`."""
     assert task.rows is not None
-    new = _panel(task, first)
-    size = min(task.panel, len(task.matrix) - first)
-    for start in range(0, len(task.rows), task.panel):
-        ids = task.rows[start : start + task.panel]
-        queries = _absent_as_nan(task, task.matrix[ids], ids)
-        found = kernels.nearest_neighbors(
-            queries, new, k=task.k + 1, metric=task.metric
-        )
+    ids = task.rows[start : start + task.panel]
+    found = kernels.nearest_neighbors(queries, new, k=task.k + 1, metric=task.metric)
+
+    def merge():
         # The best k others are the best k + 1 without the row itself.
         itself = np.asarray(found.indices) + first == ids[:, None]
         others = np.argsort(itself, axis=1, kind="stable")[:, : task.k]
-        found = kernels.Neighbors(
-            *(jnp.take_along_axis(part, others, axis=1) for part in found)
-        )
-        _merge(task, best, start, found, first)
-        yield len(ids) * size
+        kept = (np.take_along_axis(np.asarray(part), others, axis=1) for part in found)
+        _merge(task, best, start, kernels.Neighbors(*map(jnp.asarray, kept)), first)
+
+    return merge
 
 
 def _known(task: _Task, best: _Lists, first: int) -> kernels.Neighbors:
@@ -247,8 +349,8 @@ def _merge(
     best.scores[here], best.indices[here] = new
 
 
-def _panel(task: _Task, start: int) -> jax.Array:
-    """The panel from row `start`, on the device.
+def _panel(task: _Task, start: int, device: jax.Device) -> jax.Array:
+    """The panel from row `start`, on a device.
 
     NaN rows, which are nobody's neighbours, fill up the last one: all panels have one
     shape, so that every kernel is compiled once.
@@ -257,7 +359,7 @@ def _panel(task: _Task, start: int) -> jax.Array:
     block = np.full((task.panel, rows.shape[1]), np.nan, rows.dtype)
     block[: len(rows)] = rows
     ids = np.arange(start, start + task.panel)
-    return jax.device_put(_absent_as_nan(task, block, ids))
+    return jax.device_put(_absent_as_nan(task, block, ids), device)
 
 
 def _absent_as_nan(task: _Task, block: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -267,12 +369,12 @@ def _absent_as_nan(task: _Task, block: np.ndarray, ids: np.ndarray) -> np.ndarra
     return np.where(absent, np.array(np.nan, block.dtype), block)
 
 
-def _scores(task: _Task, first: int) -> int:
-    """How many scores a band computes; rows that look for each other share one."""
+def _cost(task: _Task, first: int, start: int) -> int:
+    """How many scores a step computes; rows that look for each other share one."""
     size = min(task.panel, len(task.matrix) - first)
     if task.rows is not None:
-        return len(task.rows) * size
-    return size * (size - 1) // 2 + first * size
+        return len(task.rows[start : start + task.panel]) * size
+    return size * (size - 1) // 2 if start == first else task.panel * size
 
 
 def _check_matrix(matrix: np.ndarray) -> None:

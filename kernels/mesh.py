@@ -96,12 +96,13 @@ def deal(parts: Sequence[Any], mesh: Mesh) -> Array:
     )
 
 
-def on_host(x: Any) -> np.ndarray:
-    """`x` as NumPy has it; a memory map stays one."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+def on_host(x: Any) -> Any:
+    """`x` on this host; what is no jax array (a memory map, say) stays as it is."""
+    if not isinstance(x, jax.Array):
+        return x if hasattr(x, "dtype") else np.asarray(x)
+    if not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    x = x if hasattr(x, "dtype") else np.asarray(x)
-    return x if isinstance(x, np.ndarray) else np.asarray(x)
+    return np.asarray(x)
 
 
 def copy(tree: Any, mesh: Mesh) -> Any:

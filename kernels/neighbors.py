@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from . import concrete, dispatch, pairs, ringed, topk
+from . import concrete, dispatch, pairs, ringed, topk, visits
 from . import mesh as meshes
 
 
@@ -47,6 +47,7 @@ def nearest_neighbors(
     k: int,
     metric: str = "cosine",
     mesh: Mesh | None = None,
+    block: int | None = None,
     implementation: str | None = None,
     with_proof: bool = False,
 ) -> Any:
@@ -70,6 +71,9 @@ def nearest_neighbors(
       mesh: shares the rows of both sides out over these devices, whatever their
         number; blocks of keys go round them. Every device ends with the whole result.
         With several processes each passes the same arrays.
+      block: keys that are on the device together, for those that outgrow it: `keys`
+        (NumPy, or a memory map) stay on the host, and while a block is searched the
+        next one is on its way.
       implementation: "traced" is one compiled program, for use inside jit, vmap, grad
         and shard_map; "streamed" is driven from the host, for concrete arrays, and
         the fastest on a CPU; None chooses.
@@ -89,7 +93,11 @@ def nearest_neighbors(
             f" got {x.shape} and {y.shape}."
         )
     _check(k, metric)
-    if mesh is not None:
+    if block is not None:
+        visits.check_block(block, queries, keys)
+        knobs = {"k": k, "metric": metric, "mesh": mesh}
+        found = _visited(queries, keys, block, implementation=implementation, **knobs)
+    elif mesh is not None:
         _check_traced(implementation)
         found = _meshed_nearest(x, y, k=k, metric=metric, mesh=mesh)
     else:
@@ -339,6 +347,28 @@ def _traced_all_pairs(x, *, k, metric, include_self, named):
 def _traced_cross(a, b, best_a, best_b, *, k, metric, named):
     knobs = {"k": k, "metric": metric, "named": named}
     return _traced_nearest(a, b, **knobs)[0], _traced_nearest(b, a, **knobs)[0]
+
+
+def _visited(queries, keys, block, *, metric, mesh, **knobs):
+    """Block after block: the neighbours so far, and those among one block more."""
+    if mesh is None:
+        queries = jnp.asarray(queries)
+    find = functools.partial(
+        nearest_neighbors, metric=metric, mesh=mesh, with_proof=True, **knobs
+    )
+
+    def step(known, block, first):
+        found, proof = find(queries, block)
+        ids = jnp.where(found.indices < 0, -1, found.indices + first)
+        found = found._replace(indices=ids)
+        if known is None:
+            return found, proof
+        best = merge_neighbors(known[0], found, metric=metric)
+        return best, Proof(known[1].unproved | proof.unproved)
+
+    if not len(keys):
+        return find(queries, keys)
+    return visits.visit(keys, block, step, None)
 
 
 def _check_traced(implementation: str | None) -> None:

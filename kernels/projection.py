@@ -292,14 +292,17 @@ def _over_mesh(hidden, unembed, transform, bias, targets, groups, options, mesh)
     """Positions and unembedding shared out; see `_ringed`."""
     (layers, n, _), vocab = hidden.shape, unembed.shape[0]
     part = -(-n // mesh.size)
-    tile = min(options.tile, -(-vocab // mesh.size))
+    # A product of few rows may be compiled as something else wherever it stands, and
+    # ranks need the targets' logits rounded as the others.
+    least = min(options.tile, _GROUP)
+    tile = min(options.tile, -(-vocab // (mesh.size * least)) * least)
     block = _block_size(options.block or None, tile, layers, part)
     with meshes.entered(mesh, hidden, unembed, transform, bias, targets, groups):
         if targets is not None:
             targets = meshes.share(targets, mesh, fill=-1, multiple=block)
         return _ringed(
             meshes.share(hidden, mesh, axis=1, multiple=block),
-            meshes.share(unembed, mesh),
+            meshes.share(unembed, mesh, multiple=least),
             *meshes.copy((transform, bias), mesh),
             targets,
             meshes.copy(groups, mesh),

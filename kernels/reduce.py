@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from . import mesh as meshes
-from . import numerics
+from . import numerics, visits
 
 
 class Reducer(NamedTuple):
@@ -46,6 +46,7 @@ def reduce_scores(
     rows: int = 512,
     score: Callable[..., Array] | None = None,
     mesh: Mesh | None = None,
+    block: int | None = None,
 ) -> Any:
     """Every reducer's result over all keys, one walk over the scores for all of them.
 
@@ -68,6 +69,9 @@ def reduce_scores(
       mesh: shares the rows of both sides out over these devices, whatever their
         number; blocks of keys go round them, and every device ends with the whole
         result. With several processes each passes the same arrays.
+      block: keys that are on the device together, for those that outgrow it: `keys`
+        (NumPy, or a memory map) stay on the host, and while a block is scored the
+        next one is on its way. Not with a `mesh`.
 
     Returns:
       The results, in a tree like `reducers`.
@@ -75,6 +79,11 @@ def reduce_scores(
     Raises:
       ValueError: the two sides have other ranks or widths, or a tile is not positive.
     """
+    if block is not None:
+        if mesh is not None:
+            raise ValueError("`block` and `mesh` exclude each other.")
+        knobs = {"tile": tile, "rows": rows, "score": score}
+        return _visited(queries, keys, reducers, block, **knobs)
     if mesh is not None:
         return _over_mesh(queries, keys, reducers, mesh, tile, rows, score)
     return finish_scores(
@@ -145,6 +154,27 @@ def _accumulated(row_ids, queries, keys, first_key, *, reducers, tile, rows, sco
     if whole < n or n == 0:
         parts.append(block(row_ids[whole:], queries[whole:]))
     return jax.tree.map(lambda *cs: jnp.concatenate(cs), *parts)
+
+
+def _visited(queries, keys, reducers, block, **knobs):
+    visits.check_block(block, queries, keys)
+    queries = jnp.asarray(queries)
+    accumulate = functools.partial(accumulate_scores, reducers=reducers, **knobs)
+    first = jax.jit(accumulate)
+    more = jax.jit(
+        lambda carry, *new, **at: merge_scores(reducers, carry, accumulate(*new, **at)),
+        donate_argnums=0,
+    )
+
+    def step(carry, keys, start):
+        if carry is None:
+            return first(queries, keys, first_key=start)
+        return more(carry, queries, keys, first_key=start)
+
+    keys = keys if hasattr(keys, "dtype") else jnp.asarray(keys)
+    carry = visits.visit(keys, block, step, None)
+    carry = accumulate(queries, keys[:0]) if carry is None else carry
+    return finish_scores(reducers, carry)
 
 
 def _over_mesh(queries, keys, reducers, mesh, tile, rows, score):

@@ -1,6 +1,7 @@
 """Nearest neighbours against the float64 definition, and laws of any input."""
 
 import functools
+import inspect
 import logging
 import pathlib
 import subprocess
@@ -24,6 +25,7 @@ from jaxling.kernels import (
     prefilter,
     ranking,
     streamed,
+    topk,
 )
 
 METRICS = ("cosine", "dot", "l2")
@@ -242,6 +244,13 @@ def test_the_score_matrix_is_never_held(rng):
     )
     scores = 4 * x.shape[0] ** 2
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 16
+
+
+def test_ties_are_free_where_this_jax_can_leave_them_so():
+    """A stable order makes a GPU sort whole rows where k is above 16."""
+    can = "is_stable" in inspect.signature(jax.lax.top_k).parameters
+    jaxpr = jax.make_jaxpr(lambda x: topk._largest(x, 3))(jnp.ones((2, 64)))
+    assert ("is_stable=False" in str(jaxpr)) == can
 
 
 def test_merging_parts_is_searching_the_whole(rng):

@@ -11,6 +11,7 @@ import time
 
 import chromium
 import numpy as np
+import processes
 import pyarrow.parquet
 import pytest
 import safetensors.numpy
@@ -188,6 +189,48 @@ def start(*arguments):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_a_host_that_dies_leaves_a_workdir_that_resumes(job, model, tmp_path):
+    """Process 1 is killed after its first band; the same job then finishes."""
+    summary, *_ = job(k=4, panel=32, workdir=str(tmp_path / "alone"))
+    run = tmp_path / "run"
+
+    flags = [f"--model={model}", f"--workdir={run}", "--k=4", "--panel=32"]
+    program = ["-m", "experiments.token_neighbors", *flags]
+    by_hand = [f"--coordinator={processes.address()}", "--process_count=2"]
+    first, second = (
+        processes.start([*program, *by_hand, f"--process_id={i}"]) for i in (0, 1)
+    )
+    state = run / "sweep.state.1-of-2"
+    while not state.exists() and second.poll() is None:
+        time.sleep(0.001)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    assert second.returncode == -signal.SIGKILL
+    # What happens to the other one is up to the network; it may be ended as well.
+    while not (run / "sweep.state.0-of-2").exists() and first.poll() is None:
+        time.sleep(0.001)
+    first.kill()
+    first.communicate()
+    assert not (run / "summary.json").exists()
+    again = [
+        processes.start(
+            [*program, "--distributed"], env=processes.slurm(i, 2, job=os.getpid())
+        )
+        for i in (0, 1)
+    ]
+    for process in again:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error[-4000:]
+    record = json.loads((run / "run.json").read_text("utf-8"))
+    assert record["bands"] == 2 * 7 and record["resumed"] >= 2
+    found = json.loads((run / "summary.json").read_text("utf-8"))
+    assert found == summary
+    tables = (folder / "neighbors.parquet" for folder in (run, tmp_path / "alone"))
+    shared, alone = (pyarrow.parquet.read_table(table).to_pylist() for table in tables)
+    for a, b in zip(shared, alone):
+        assert a["neighbors"]["ids"] == b["neighbors"]["ids"]
 
 
 def test_killed_at_any_instant_it_resumes_to_the_same_bytes(job, model, tmp_path):

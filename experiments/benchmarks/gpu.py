@@ -1,0 +1,330 @@
+"""How far from the bare product is everything, on one accelerator?
+
+    python -m experiments.benchmarks.gpu --case=neighbors
+
+Cases, each one interleaved run on one device:
+  neighbors  all pairs, k = 50, at 131,072 and 250,000 rows of 1,024 and 4,096 columns:
+             beside the bare bfloat16 product, the float32 product of default precision
+             (TF32 on Hopper), torch `matmul` + `topk`, and chunked `lax.top_k` with and
+             without stable order
+  probes     2,175 probes (435 pairs x 5 seeds) beside scikit-learn on all processors
+  lens       32 layers x 2,048 positions, 128,256 tokens of 4,096, beside a loop over
+             full logits in torch
+
+Each goal (G1-G7, GP, GL) is a ratio of medians of that one run, printed with what it
+asks for. Rows are bfloat16 on the device before anything is timed; neighbours are
+compared with float64 on 512 rows, among them planted copies. A contestant that is not
+installed, or does not fit, is left out by its name. One line of `results.jsonl` a size.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax import lax
+
+from jaxling import kernels
+
+from . import harness
+
+_CASE = flags.DEFINE_enum(
+    "case", "neighbors", ["neighbors", "probes", "lens"], "What is timed."
+)
+_ROWS = flags.DEFINE_multi_integer("rows", [131_072, 250_000], "Rows.", 64)
+_COLUMNS = flags.DEFINE_multi_integer("columns", [1024, 4096], "Columns.", 1)
+_K = flags.DEFINE_integer("k", 50, "Neighbours.", 1)
+_CHUNK = flags.DEFINE_integer("chunk", 2048, "Rows whose scores are held together.", 1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Interleaved repetitions.", 1)
+_SQUARE = flags.DEFINE_integer("square", 8192, "Side of the product of the rate.", 1)
+_CONTESTANTS = flags.DEFINE_list("contestants", [], "Which of them; all if none.")
+_LENS = flags.DEFINE_list(
+    "lens", ["32", "2048", "4096", "128256"], "Layers, positions, width, vocabulary."
+)
+_PROBES = flags.DEFINE_list(
+    "probes", ["30", "200", "768", "5"], "Classes, rows of each, columns, seeds."
+)
+
+# Goal: what it divides by what, and what it is to reach (at most or at least).
+GOALS = {
+    "G1": ("ours", "product", "at most", 1.9),
+    "G2": ("torch", "ours", "at least", 2.0),
+    "G3": ("top_k", "ours", "at least", 5.0),
+    "G4": ("top_k_any_order", "ours", "at least", 1.5),
+    "G6": ("ours", "product_f32", "at most", 1.3),
+    "GP": ("sklearn", "ours", "at least", 50.0),
+    "GL": ("torch", "ours", "at least", 1.3),
+}
+
+
+def unit_rows(n: int, d: int) -> np.ndarray:
+    """Rows around 3,000 centres; some are copies, which are ties."""
+    rng = np.random.default_rng(0)
+    rows = 0.8 * rng.standard_normal((n, d), np.float32)
+    rows += 0.6 * rng.standard_normal((3000, d), np.float32)[rng.integers(0, 3000, n)]
+    rows[n // 4 : n // 4 + 20] = rows[3]
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def chunked(function: Callable[[Any, Any], Any], x: jax.Array) -> Callable[[], Any]:
+    """`function(rows, x)` of all rows, some at a time; the last ones may be few."""
+    step = jax.jit(
+        lambda x, start, size: function(lax.dynamic_slice_in_dim(x, start, size), x),
+        static_argnames="size",
+    )
+    size = min(_CHUNK.value, len(x))
+
+    def call():
+        starts = range(0, len(x), size)
+        found = [step(x, a, size=min(size, len(x) - a)) for a in starts]
+        return jax.block_until_ready(found)
+
+    return call
+
+
+def scores(rows: Any, keys: Any, precision: Any = None) -> jax.Array:
+    """All scores, accumulated in float32."""
+    return lax.dot_general(
+        *(rows, keys),
+        (((1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def torch_top_k(x: np.ndarray) -> Callable[[], Any]:
+    """`matmul` and `topk` of bfloat16 rows, some at a time."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = torch.tensor(x).to(device, torch.bfloat16)
+
+    def call():
+        with torch.inference_mode():
+            for chunk in rows.split(_CHUNK.value):
+                found = (chunk @ rows.T).topk(_K.value)
+            if device == "cuda":
+                torch.cuda.synchronize()
+        return found
+
+    return call
+
+
+def chosen(contestants: dict[str, Callable[[], Callable]]) -> dict[str, Callable]:
+    """The contestants that were asked for and are installed here."""
+    found = {}
+    for name, make in contestants.items():
+        if name != "ours" and _CONTESTANTS.value and name not in _CONTESTANTS.value:
+            continue
+        try:
+            found[name] = make()
+        except ImportError as error:
+            print(f"left out: {name} ({error})")
+    return found
+
+
+def goals(timings: dict[str, harness.Timing], names: list[str]) -> dict[str, Any]:
+    """Those goals whose two contestants took part: the ratio, and what was asked."""
+    found = {}
+    for name in names:
+        above, below, side, asked = GOALS[name]
+        if {above, below} <= set(timings):
+            ratio = timings[above].median / timings[below].median
+            found[f"{name} {above} / {below} ({side} {asked})"] = round(ratio, 3)
+    return found
+
+
+def worst_error(x: np.ndarray, found: kernels.Neighbors) -> float:
+    """Largest gap of returned scores, and of returned ids' scores, to float64's."""
+    k = found.indices.shape[1]
+    rows = np.random.default_rng(1).choice(len(x), min(512, len(x)), replace=False)
+    rows[:4] = np.arange(len(x) // 4, len(x) // 4 + 4)
+    exact = x[rows].astype(np.float64) @ x.astype(np.float64).T
+    size = np.linalg.norm(x.astype(np.float64), axis=1)
+    exact /= size[rows, None] * size
+    best = -np.sort(np.partition(-exact, k - 1, axis=1)[:, :k], axis=1)
+    theirs = np.take_along_axis(exact, np.asarray(found.indices)[rows], axis=1)
+    gaps = np.asarray(found.scores)[rows] - best, theirs - best
+    return float(max(np.abs(gap).max() for gap in gaps))
+
+
+def neighbors(n: int, d: int) -> None:
+    """All contestants on one size."""
+    x = jnp.asarray(unit_rows(n, d), jnp.bfloat16)
+    host, k = np.asarray(x.astype(jnp.float32)), _K.value
+    square = jnp.ones((_SQUARE.value,) * 2, jnp.bfloat16)
+    multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type="float32"))
+
+    def ours():
+        find = functools.partial(kernels.all_pairs_neighbors, k=k, include_self=True)
+        return jax.block_until_ready(find(x, with_proof=True, implementation="traced"))
+
+    def top_k(**knobs):
+        return chunked(lambda rows, x: lax.top_k(scores(rows, x), k, **knobs), x)
+
+    def top_k_any_order():
+        if "is_stable" not in inspect.signature(lax.top_k).parameters:
+            raise ImportError("this jax has no `is_stable`")
+        return top_k(is_stable=False)
+
+    def greatest(rows, x):
+        return scores(rows, x).max(axis=1)
+
+    timings, results = harness.interleaved(
+        chosen(
+            {
+                "ours": lambda: ours,
+                "product": lambda: chunked(greatest, x),
+                "product_f32": lambda: chunked(greatest, x.astype(jnp.float32)),
+                "torch": lambda: torch_top_k(host),
+                "top_k": top_k,
+                "top_k_any_order": top_k_any_order,
+                "square": lambda: (
+                    lambda: jax.block_until_ready(multiply(square, square))
+                ),
+            }
+        ),
+        _REPEATS.value,
+    )
+    found = goals(timings, ["G1", "G2", "G3", "G4", "G6"])
+    lists, proof = results["ours"]
+    if "square" in timings:
+        rate = 2 * _SQUARE.value**3 / timings["square"].median
+        ours_rate = 2 * n**2 * d / timings["ours"].median
+        found["rate of the square product, TFLOP/s"] = round(rate / 1e12, 3)
+        found["G7 2 N^2 d / time / that (at least 0.8)"] = round(ours_rate / rate, 3)
+    found["worst error of ours"] = float(f"{worst_error(host, lists):.2e}")
+    found["share of rows searched again"] = float(f"{proof.unproved.mean():.5f}")
+    found["peak MiB of the device"] = peak()
+    case = {"case": "neighbors", "rows": n, "columns": d, "k": k}
+    harness.record("gpu", case, timings, found)
+
+
+def peak() -> int | None:
+    """Peak memory of the device since the process began; None where it does not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    return round(stats["peak_bytes_in_use"] / 2**20) if stats else None
+
+
+def probes() -> None:
+    """One-vs-one probes over seeds beside scikit-learn on all processors."""
+    classes, size, d, seeds = map(int, _PROBES.value)
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), size)
+    x = rng.standard_normal((classes, d), np.float32)[labels] / np.sqrt(d)
+    x += rng.standard_normal(x.shape, np.float32) * np.float32(2 / np.sqrt(d))
+    keep = rng.random((seeds, len(labels))) < 0.9
+    problems = kernels.one_vs_one(labels, keep=keep)
+    on_device = jnp.asarray(x)
+
+    def ours():
+        return jax.block_until_ready(kernels.fit_logistic(on_device, problems))
+
+    def sklearn():
+        import joblib
+        from sklearn.linear_model import LogisticRegression
+
+        tasks = [
+            (rows, labels[rows] == b)
+            for kept in keep
+            for a, b in zip(*np.triu_indices(classes, 1))
+            for rows in [np.flatnonzero(kept & ((labels == a) | (labels == b)))]
+        ]
+
+        def one(rows, side):
+            return LogisticRegression().fit(x[rows], side).coef_[0]
+
+        return lambda: joblib.Parallel(n_jobs=os.cpu_count())(
+            joblib.delayed(one)(*task) for task in tasks
+        )
+
+    contestants = chosen({"ours": lambda: ours, "sklearn": sklearn})
+    timings, results = harness.interleaved(contestants, _REPEATS.value)
+    found = goals(timings, ["GP"])
+    found["share converged"] = float(results["ours"].converged.mean())
+    if "sklearn" in results:
+        gap = np.asarray(results["ours"].weights) - np.array(results["sklearn"])
+        found["largest difference of weights"] = float(f"{np.abs(gap).max():.2e}")
+    case = {"case": "probes", "problems": problems.count, "rows": len(x), "columns": d}
+    harness.record("gpu", case, timings, found)
+
+
+def lens() -> None:
+    """Top 10, rank, entropy and KL of every layer beside a loop over full logits."""
+    layers, n, d, vocab = map(int, _LENS.value)
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden = jax.random.normal(keys[0], (layers, n, d), jnp.bfloat16)
+    unembed = jax.random.normal(keys[1], (vocab, d), jnp.bfloat16) * 0.05
+    targets = jnp.arange(n) % vocab
+    k = min(10, vocab)
+
+    def ours():
+        asked = {"k": k, "entropy": True, "divergence": True, "targets": targets}
+        return jax.block_until_ready(kernels.project_layers(hidden, unembed, **asked))
+
+    def torch():
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        rows, matrix = (
+            torch.tensor(np.asarray(a, np.float32)).to(device, torch.bfloat16)
+            for a in (hidden, unembed)
+        )
+        own = torch.tensor(np.array(targets)).to(device).long()[:, None]
+
+        def layer(rows, final):
+            logits = (rows @ matrix.T).float()
+            log_p = torch.log_softmax(logits, -1)
+            final = log_p if final is None else final
+            target = logits.gather(-1, own)
+            return log_p, (
+                log_p.topk(k),
+                (logits > target).sum(-1),
+                -(log_p.exp() * log_p).sum(-1),
+                (final.exp() * (final - log_p)).sum(-1),
+            )
+
+        def call():
+            with torch.inference_mode():
+                final, last = layer(rows[-1], None)
+                found = [*(layer(one, final)[1] for one in rows[:-1]), last]
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            return found
+
+        return call
+
+    contestants = chosen({"ours": lambda: ours, "torch": torch})
+    timings, results = harness.interleaved(contestants, _REPEATS.value)
+    found = goals(timings, ["GL"])
+    held = sum(a.nbytes for a in (hidden, unembed, *jax.tree.leaves(results["ours"])))
+    found["dense float32 logits, MiB"] = round(4 * layers * n * vocab / 2**20)
+    found["MiB of inputs and results"] = round(held / 2**20)
+    found["peak MiB of the device"] = peak()
+    if "torch" in results:
+        entropies = np.stack([layer[2].cpu().numpy() for layer in results["torch"]])
+        gap = np.abs(entropies - np.asarray(results["ours"].entropy)).max()
+        found["largest difference of entropies"] = float(f"{gap:.2e}")
+    shape = {"layers": layers, "positions": n, "columns": d, "tokens": vocab}
+    harness.record("gpu", {"case": "lens", **shape}, timings, found)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    # torch needs room beside jax; read when the first array is made.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if _CASE.value == "neighbors":
+        for n in _ROWS.value:
+            for d in _COLUMNS.value:
+                neighbors(n, d)
+    else:
+        {"probes": probes, "lens": lens}[_CASE.value]()
+
+
+if __name__ == "__main__":
+    app.run(main)
