@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from jaxling import kernels
@@ -182,6 +184,7 @@ def joined(sweep: Sweep, metric: str = "cosine") -> Sweep:
     merge = functools.partial(kernels.merge_neighbors, metric=metric)
     scores, indices = sweep.scores.copy(), sweep.indices.copy()
     try:
+        _wait_for_all()
         bands, resumed = multihost_utils.process_allgather(
             np.array([sweep.bands, sweep.resumed])
         ).sum(axis=0)
@@ -200,6 +203,19 @@ def joined(sweep: Sweep, metric: str = "cosine") -> Sweep:
             f" there. ({str(error).splitlines()[0][:200]})"
         ) from error
     return Sweep(scores, indices, int(bands), int(resumed))
+
+
+_meetings = itertools.count()
+
+
+def _wait_for_all() -> None:
+    """Until every process is here, for a month: collectives give up after 30 seconds.
+
+    jax has this in its client of the coordination service only, which is not public.
+    The service itself ends those that wait for a process that is gone.
+    """
+    client = distributed.global_state.client
+    client.wait_at_barrier(f"jaxling.sweeps {next(_meetings)}", 30 * 24 * 3600 * 1000)
 
 
 def _give_back() -> None:

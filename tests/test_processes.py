@@ -10,6 +10,7 @@ from jaxling import kernels, sweeps
 N, K = 45, 5
 
 PROGRAM = """
+    import time
     import numpy as np
     from jaxling import kernels, sweeps
 
@@ -39,6 +40,8 @@ PROGRAM = """
         found["weights"] = kernels.fit_logistic(x, problems, mesh=mesh).weights
     share = number, {count}
     swept = sweeps.sweep_neighbors(x, k={k}, panel=10, share=share, progress=False)
+    # Collectives wait for 30 seconds; a process may need longer for its share.
+    time.sleep(40 * (number == {late}))
     found["swept"] = sweeps.joined(swept).indices
     np.savez(f"{folder}/{{number}}.npz", read=rows, **found)
 """
@@ -56,6 +59,7 @@ def test_processes_find_what_one_does(rng, tmp_path, count, devices):
         folder=str(tmp_path),
         k=K,
         everything=count == 2,
+        late=1 if count > 2 else -1,
     )
     processes.run(program, count, devices)
     one = kernels.all_pairs_neighbors(x, k=K)
