@@ -94,9 +94,9 @@ def nearest_neighbors(
         )
     _check(k, metric)
     if block is not None:
-        visits.check_block(block, queries, keys)
+        visits.check_block(block, x, y)
         knobs = {"k": k, "metric": metric, "mesh": mesh}
-        found = _visited(queries, keys, block, implementation=implementation, **knobs)
+        found = _visited(x, y, block, implementation=implementation, **knobs)
     elif mesh is not None:
         _check_traced(implementation)
         found = _meshed_nearest(x, y, k=k, metric=metric, mesh=mesh)
