@@ -13,9 +13,11 @@ from absl import flags as absl_flags
 from absl.testing import flagsaver
 
 from jaxling import models
+from jaxling.corpus import selection
 from jaxling.experiments import pivot_pretraining, semantic_pivots
 
 WORDS = [(f"word{i}", f"mot{i}") for i in range(12)]
+PIVOTS = "apple brick cloud drum earth fish glass honey iron jewel knife lamp".split()
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     config = {
         "model_type": "llama",
-        "vocab_size": 340,
+        "vocab_size": 420,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
@@ -39,15 +41,14 @@ def place(tmp_path_factory):
         "eos_token_id": 0,
     }
     models.save(models.build(config, jax.random.key(0)), folder / "model")
-    # Every number is a token, so that "pivot3" ends in one of its own.
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     found = tokenizers.Tokenizer(tokenizers.models.BPE())
     found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.decoder = tokenizers.decoders.ByteLevel()
     found.train_from_iterator(
-        [f" pivot{i} word{i} mot{i}" for i in range(12)] * 3,
+        [f" {pivot} {a} {b}" for pivot, (a, b) in zip(PIVOTS, WORDS)] * 3,
         tokenizers.trainers.BpeTrainer(
-            vocab_size=340, initial_alphabet=alphabet, show_progress=False
+            vocab_size=420, initial_alphabet=alphabet, show_progress=False
         ),
     )
     found.save(str(folder / "model" / "tokenizer.json"))
@@ -58,7 +59,7 @@ def place(tmp_path_factory):
             # A word and its translation never meet; both meet their pivot.
             i, side = rng.integers(12), rng.integers(2)
             noise = " ".join(f"noise{n}" for n in rng.integers(0, 5, 3))
-            text = f"{noise} {WORDS[i][side]} pivot{i}"
+            text = f"{noise} {WORDS[i][side]} {PIVOTS[i]}"
             file.write(json.dumps({"text": text, "lang": "ef"[side]}) + "\n")
         file.write("not json\n")
     lines = (folder / "corpus.jsonl").read_text().splitlines()
@@ -93,18 +94,13 @@ def test_planted_pivots_are_found_and_read_in_the_layers(place, tmp_path):
     items = pyarrow.parquet.read_table(tmp_path / "items.parquet").to_pydict()
     assert len(items["word"]) == 6
     coded = tokenizers.Tokenizer.from_file(str(place / "model" / "tokenizer.json"))
-    for word, answer, found in zip(
-        items["word"], items["answer"], items["pivot_token_id"]
-    ):
+    for word, found in zip(items["word"], items["pivot_token_id"]):
         number = word.removeprefix("word").removeprefix("mot")
-        pivot = set(coded.encode(f" pivot{number}").ids)
-        own = set(coded.encode(f" {word}").ids + coded.encode(f" {answer}").ids)
-        assert not own & set(found)
-        # What is left of the pivot, beside the number that all three words end in.
-        assert pivot - own <= set(found), (word, found)
+        [pivot] = coded.encode(f" {PIVOTS[int(number)]}").ids
+        assert found[0] == pivot, (word, found)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["documents"] == 600 and summary["damage"]["skipped"] == 1
-    assert summary["items_read"] <= 6
+    assert summary["items_read"] >= 5  # the control needs another word's pivots
     assert summary["testbed"]["best 2 by score"]["precision"] > 0.3
     assert (tmp_path / "mass.png").stat().st_size > 1000
 
@@ -135,7 +131,7 @@ def test_arms_are_trained_measured_and_kept(place, tmp_path, monkeypatch):
     run = tmp_path / "run"
     first = json.loads((run / "summary.json").read_text())
     table = pyarrow.parquet.read_table(run / "arms.parquet").to_pydict()
-    assert table["arm"] == [arm for arm in first["arms"] for _ in range(2)]
+    assert table["arm"] == [arm for arm in selection.ARMS for _ in range(2)]
     assert len(set(table["predicted_tokens"])) <= 8
     assert all(t >= 2 * 2 * 64 for t in table["tokens"])
     shares = first["arms"]
