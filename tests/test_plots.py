@@ -55,6 +55,14 @@ def draw_all(folder, rng):
         rng.random((size, 12)),
         errors=np.ones((size, 12)),
     )
+    plots.save_panels(
+        folder / "points.png",
+        labels,
+        ["first", labels[0]],
+        rng.random((2, size)),
+        np.stack([np.full(size, np.nan), rng.random(size)]),
+        references=[None, 0.5],
+    )
     names = rng.choice([*labels, "Latin", "Han"], 500).tolist()
     plots.save_fits(
         folder / "panels.png",
@@ -78,7 +86,7 @@ def test_every_picture_is_drawn_without_a_warning(tmp_path, rng):
         draw_all(tmp_path, rng)
     assert dict(matplotlib.rcParams) == before
     pictures = sorted(tmp_path.iterdir())
-    assert len(pictures) == 10
+    assert len(pictures) == 11
     for path in pictures:
         pixels = image.imread(path)[..., :3]
         assert pixels.shape[0] > 150 and pixels.shape[1] > 400, path
@@ -145,6 +153,7 @@ def test_fonts_are_few_and_enough():
         (lambda p: plots.save_heatmap(p, ["a"], ["b"], np.ones((2, 1))), r"\(2, 1\)"),
         (lambda p: plots.save_histogram(p, ["a"], []), "1 labels; got 0"),
         (lambda p: plots.save_fits(p, ["a"], [], []), "got 1, 0 and 0"),
+        (lambda p: plots.save_panels(p, ["a"], ["b"], [[1]], [[1, 2]]), r"\(1, 2\)"),
         (lambda p: plots.save_curves(p, ["a"], np.ones((2, 3))), "1 labels; got 2"),
         (lambda p: plots.save_curves(p, ["a"], [[1, 2]], x=[1]), "length of `x`"),
         (lambda p: plots.save_scatter(p, ["a"], np.ones((1, 3))), r"\(1, 3\)"),
