@@ -15,7 +15,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def over_seeds(values: Sequence[float]) -> Interval:
+def over_seeds(values: Sequence[float] | np.ndarray) -> Interval:
     """The mean of runs with other seeds and Student's 95% interval.
 
         mean +- t(n - 1, 0.975) s / sqrt(n)
@@ -26,12 +26,12 @@ def over_seeds(values: Sequence[float]) -> Interval:
     Raises:
       ValueError: no value.
     """
-    values = np.asarray(values, np.float64)
-    if not values.size:
+    found = np.asarray(values, np.float64)
+    if not found.size:
         raise ValueError("`values` must hold at least one number.")
-    mean = float(values.mean())
-    if len(values) == 1:
+    mean = float(found.mean())
+    if len(found) == 1:
         return Interval(mean, float("nan"), float("nan"))
-    n = len(values)
-    half = float(special.stdtrit(n - 1, 0.975) * values.std(ddof=1) / np.sqrt(n))
+    n = len(found)
+    half = float(special.stdtrit(n - 1, 0.975) * found.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half)

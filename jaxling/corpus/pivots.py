@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cooccurrence import Counts
+from .cooccurrence import Counts, Pairs
 
 _BLOCK = 256  # items whose counts are dense at a time
 
@@ -185,7 +185,9 @@ def find(
     Raises:
       ValueError: counts without `term_tokens`; as `candidates`.
     """
-    if counts.term_tokens is None:
+    pairs, held = counts.term_tokens, counts.term_documents
+    tokens_held = counts.token_documents
+    if pairs is None or held is None or tokens_held is None:
         raise ValueError("`counts` must be by a Plan with term_tokens=True.")
     sides = np.array([sources, targets], np.int64).T
     blocks = []
@@ -193,25 +195,20 @@ def find(
         chosen = sides[start : start + _BLOCK]
         terms, of = np.unique(chosen, return_inverse=True)
         of = of.reshape(chosen.shape).T
-        arguments = (
-            _rows(counts, terms),
-            counts.term_documents[terms],
-            counts.token_documents,
-            counts.documents,
-        )
+        together = _rows(pairs, terms, len(tokens_held))
+        arguments = together, held[terms], tokens_held, counts.documents
         own = None if excluded is None else excluded[start : start + _BLOCK]
         shares = excess(*arguments)
         listed = candidates(shares[of[0]], shares[of[1]], k=k, excluded=own)
         related = mutual_information(*arguments)
         blocks.append((*listed, weaker(related[of[0]], related[of[1]], listed)))
     tokens, scores, association = map(np.concatenate, zip(*blocks))
-    return Found(Pivots(tokens, scores), association, counts.term_documents[sides])
+    return Found(Pivots(tokens, scores), association, held[sides])
 
 
-def _rows(counts: Counts, terms: np.ndarray) -> np.ndarray:
+def _rows(pairs: Pairs, terms: np.ndarray, size: int) -> np.ndarray:
     """`[term, token]`: documents that hold both, of these terms alone."""
-    pairs = counts.term_tokens
-    table = np.zeros((len(terms), len(counts.token_documents)), np.int64)
+    table = np.zeros((len(terms), size), np.int64)
     for row, term in enumerate(terms):
         own = slice(*np.searchsorted(pairs.first, [term, term + 1]))
         table[row, pairs.second[own]] = pairs.count[own]

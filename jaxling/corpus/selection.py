@@ -84,7 +84,8 @@ def graph(
       ValueError: counts of other terms or documents, or thresholds out of range.
     """
     tokens = np.asarray(tokens, np.int64)
-    if counts.document_pairs is None or len(counts.term_documents) != len(tokens):
+    alone = counts.term_documents
+    if counts.document_pairs is None or alone is None or len(alone) != len(tokens):
         raise ValueError(
             f"`counts` must be of pairs of the {len(tokens)} tokens; count them with"
             " Plan(token_nodes(tokens), pairs=True)."
@@ -104,7 +105,7 @@ def graph(
     first, second, together = first[often], second[often], together[often]
     expected = np.zeros(len(together))
     for part in parts:
-        own = part.term_documents.astype(np.float64)
+        own = np.asarray(part.term_documents, np.float64)
         expected += own[first] * (own[second] / max(part.documents, 1))
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.log(together / expected) / np.log(counts.documents / together)
@@ -192,7 +193,7 @@ def equal_mix(languages: Sequence[str]) -> dict[str, float]:
 
 
 def select(
-    order: Sequence[int],
+    order: Sequence[int] | np.ndarray,
     lengths: np.ndarray,
     budget: int,
     *,
@@ -219,26 +220,26 @@ def select(
     Raises:
       ValueError: too few tokens of a language, or a mix that names none.
     """
-    order, lengths = np.asarray(order, np.int64), np.asarray(lengths, np.int64)
+    best, lengths = np.asarray(order, np.int64), np.asarray(lengths, np.int64)
     if budget < 1:
         raise ValueError(f"`budget` must be at least 1 token; got {budget}.")
     if mix is None:
-        return order[_filled(lengths[order], budget, "The documents")]
+        return best[_filled(lengths[best], budget, "The documents")]
     total = float(sum(mix.values()))
     if languages is None or not total > 0 or min(mix.values()) < 0:
         raise ValueError(
             "A mix needs the documents' languages, and shares that are not negative"
             f" and not all 0; got {dict(mix)}."
         )
-    of = np.asarray(languages, object)[order]
-    kept = np.zeros(len(order), bool)
+    of = np.asarray(languages, object)[best]
+    kept = np.zeros(len(best), bool)
     for language, share in mix.items():
         if share > 0:
             own = np.flatnonzero(of == language)
             wanted = int(np.ceil(budget * share / total))
-            filled = _filled(lengths[order[own]], wanted, f"Documents of {language!r}")
+            filled = _filled(lengths[best[own]], wanted, f"Documents of {language!r}")
             kept[own[filled]] = True
-    return order[kept]
+    return best[kept]
 
 
 def _filled(lengths: np.ndarray, wanted: int, what: str) -> slice:
@@ -278,7 +279,6 @@ def arm(
       ValueError: an unknown arm; too few tokens (see `select`).
     """
     count = len(lengths)
-    mixed = dict(languages=languages, mix=mix)
     if name == "original":
         return select(np.arange(count), lengths, budget)
     if name == "multilingual":
@@ -295,4 +295,4 @@ def arm(
         order = order[low[order]]
     else:
         raise ValueError(f"`name` must be one of {', '.join(ARMS)}; got {name!r}.")
-    return select(order, lengths, budget, **mixed)
+    return select(order, lengths, budget, languages=languages, mix=mix)

@@ -7,7 +7,7 @@ languages likewise; word prompts are left out. The label is the language's code,
 """
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +43,7 @@ def without_books(
     )
 
 
-def paired(names: tuple[str, str], texts: tuple[str, str]) -> str:
+def paired(names: Sequence[str], texts: Sequence[str]) -> str:
     """A verse in two languages, as the demo models read it."""
     return "\n".join(f"{name}: {own}" for name, own in zip(names, texts))
 
@@ -96,6 +96,6 @@ def labelled_verses(
         else:
             turn = slice(None, None, -1) if rng.integers(2) else slice(None)
             called = [text.LANGUAGES[code] for code in kind]
-            content = paired(tuple(called[turn]), tuple(own[turn]))
+            content = paired(called[turn], own[turn])
         drawn += len(content)
         yield Labelled(content, "+".join(kind), verses.names[row])
