@@ -13,6 +13,7 @@ from jaxtyping import ArrayLike
 from . import duplicates, exhaustive, pairs, panels, ranking, scaled, streamed
 
 PANEL = 32_768  # rows whose candidates are held together
+_CHUNK = 4096  # rows whose lists are merged and expanded together
 
 
 class Lists(NamedTuple):
@@ -172,8 +173,10 @@ def _least(floor: np.ndarray, groups: duplicates.Groups) -> np.ndarray:
 def _merge(
     ranks: np.ndarray, proved: np.ndarray, rows: np.ndarray, found: panels.Ranked
 ) -> None:
-    both = np.concatenate([ranks[rows], found.ranks], axis=1)
-    ranks[rows] = ranking.smallest(both, ranks.shape[1])
+    for start in range(0, len(rows), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        both = np.concatenate([ranks[rows[part]], found.ranks[part]], axis=1)
+        ranks[rows[part]] = ranking.smallest(both, ranks.shape[1])
     proved[rows] &= found.proved
 
 
@@ -191,23 +194,36 @@ def _expanded(
     ranks, proved, rows, keys, row_groups, key_groups, metric, drop_self=False
 ) -> Lists:
     """Neighbours of all rows among all keys, from those of and among distinct ones."""
-    k = ranks.shape[1]
-    if (key_groups.size > 1).any():
-        ranks = duplicates.spread(ranks, key_groups, k + drop_self)
-    full = np.full((len(row_groups.of_row), ranks.shape[1]), ranking.EMPTY)
-    present = np.flatnonzero(row_groups.of_row >= 0)
-    full[present] = ranks[row_groups.of_row[present]]
-    if drop_self and full.shape[1] > k:
-        itself = (full & 0xFFFFFFFF) == np.arange(len(full))[:, None]
-        full = np.sort(np.where(itself, ranking.EMPTY, full), axis=1)
-    closeness, ids = ranking.decode(full[:, :k])
-    value = -closeness if metric == "l2" else closeness
+    n, k = len(row_groups.of_row), ranks.shape[1]
+    exponent = None
     if metric != "cosine":
         # All keys share one exponent; without keys there is nothing to scale.
-        of_keys = np.asarray(keys.exponent[:1]).sum()
-        exponent = np.asarray(rows.exponent)[:, None] + of_keys
-        with np.errstate(over="ignore", under="ignore"):
-            value = np.ldexp(value, exponent).astype(np.float32)
-    unproved = np.zeros(len(full), bool)
+        exponent = np.asarray(rows.exponent) + np.asarray(keys.exponent[:1]).sum()
+    scores, indices = np.empty((n, k), np.float32), np.empty((n, k), np.int32)
+    for start in range(0, n, _CHUNK):
+        ids = np.arange(start, min(start + _CHUNK, n))
+        full = _of_rows(ranks, ids, row_groups, key_groups, drop_self)
+        closeness, indices[ids] = ranking.decode(full)
+        value = -closeness if metric == "l2" else closeness
+        if exponent is not None:
+            with np.errstate(over="ignore", under="ignore"):
+                value = np.ldexp(value, exponent[ids, None]).astype(np.float32)
+        scores[ids] = value + np.float32(0)
+    unproved = np.zeros(n, bool)
+    present = np.flatnonzero(row_groups.of_row >= 0)
     unproved[present] = ~proved[row_groups.of_row[present]]
-    return Lists(value + np.float32(0), ids, unproved)
+    return Lists(scores, indices, unproved)
+
+
+def _of_rows(ranks, ids, row_groups, key_groups, drop_self) -> np.ndarray:
+    """The k first ranks of the rows `ids`, copies of keys among them."""
+    k = ranks.shape[1]
+    group = row_groups.of_row[ids]
+    full = np.full((len(ids), k), ranking.EMPTY)
+    full[group >= 0] = ranks[group[group >= 0]]
+    if (key_groups.size > 1).any():
+        full = duplicates.spread(full, key_groups, k + drop_self)
+    if drop_self and full.shape[1] > k:
+        itself = (full & 0xFFFFFFFF) == ids[:, None]
+        full = np.sort(np.where(itself, ranking.EMPTY, full), axis=1)
+    return full[:, :k]
