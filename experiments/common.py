@@ -43,7 +43,9 @@ PER_LANGUAGE = flags.DEFINE_integer(
 LANGUAGES = flags.DEFINE_list("languages", [], "Which languages; all when not given.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where results go; runs/<experiment> when not given."
+    "workdir",
+    None,
+    "Where results go; runs/<experiment> when not given, with the name of a --model.",
 )
 
 DISTRIBUTED = flags.DEFINE_bool(
@@ -188,7 +190,7 @@ def begin(
       ValueError: the directory was made with other flags or inputs.
       OSError: the directory cannot be written.
     """
-    workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / experiment)
+    workdir = pathlib.Path(WORKDIR.value or _default_workdir(experiment))
     workdir.mkdir(parents=True, exist_ok=True)
     names = {
         flag.name
@@ -215,6 +217,7 @@ def begin(
             before = json.loads(path.read_text("utf-8"))
         except ValueError:
             before = {}
+        before = before if isinstance(before, dict) else {}
         for part in ("experiment", "flags", "inputs"):
             new = json.loads(json.dumps(config[part]))
             if before.get(part) != new and before:
@@ -226,6 +229,13 @@ def begin(
     if write:
         write_json(path, config)
     return Run(workdir, time.time())
+
+
+def _default_workdir(experiment: str) -> pathlib.Path:
+    """So that one experiment on several models needs no --workdir."""
+    if MODEL.value == MODEL.default:
+        return pathlib.Path("runs", experiment)
+    return pathlib.Path("runs", f"{experiment}-{pathlib.Path(MODEL.value).name}")
 
 
 def _difference(before: Any, after: Any) -> str:

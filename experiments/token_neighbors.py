@@ -104,6 +104,12 @@ def main(argv: list[str]) -> None:
     )
 
     matrix = checkpoint.read(name, rows=slice(count))
+    undirected = sweeps.invalid_rows(matrix)
+    if len(undirected) == count:
+        raise ValueError(
+            f"No row of {name} in {model} has a direction: all are zero, NaN or"
+            " infinite."
+        )
     every = len(queries) == count - len(absent)
     swept = sweeps.sweep_neighbors(
         matrix,
@@ -134,9 +140,7 @@ def main(argv: list[str]) -> None:
         run.workdir, tokens, labels, queries, ids, occurrence, dictionary, frequencies
     )
     summary["tensor"] = name
-    summary["without_direction"] = [
-        tokens[i] for i in sweeps.invalid_rows(matrix) if words.present[i]
-    ]
+    summary["without_direction"] = [tokens[i] for i in undirected if words.present[i]]
     _save_table(run.workdir, tokens, labels, queries, ids, distances, occurrence)
     about = (
         f"{len(queries):,} of the {count - len(absent):,} tokens of {model}, each with"

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from jaxling import kernels
@@ -122,6 +121,8 @@ def sweep_neighbors(
     """
     _check_matrix(matrix)
     n = len(matrix)
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1; got {k}.")
     if panel < 1:
         raise ValueError(f"`panel` must be at least 1 row; got {panel}.")
     if not 0 <= share[0] < share[1]:
@@ -214,6 +215,9 @@ def _wait_for_all() -> None:
     jax has this in its client of the coordination service only, which is not public.
     The service itself ends those that wait for a process that is gone.
     """
+    # Private in jax, and all there is: a barrier with a time limit of ours.
+    from jax._src import distributed
+
     client = distributed.global_state.client
     client.wait_at_barrier(f"jaxling.sweeps {next(_meetings)}", 30 * 24 * 3600 * 1000)
 

@@ -307,7 +307,8 @@ def _matrix(name: str, x: ArrayLike) -> Any:
 
 
 def _check(k: int, metric: str, name: str = "k") -> None:
-    if not isinstance(k, int) or k < 1:
+    whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
+    if not whole or k < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1; got {k!r}.")
     pairs.check_metric(metric)
 

@@ -169,6 +169,34 @@ def test_a_workdir_of_another_run_is_refused(job, model, tmp_path):
     assert run["resumed"] == run["bands"] == 1
 
 
+def test_two_models_need_no_workdir(job, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"workdir": None, "k": 4}
+    for name in ("one", "two"):
+        shutil.copytree(model, tmp_path / name)
+        with flagsaver.flagsaver(model=str(tmp_path / name), **values):
+            token_neighbors.main([])
+    made = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert made == {"token_neighbors-one", "token_neighbors-two"}
+
+
+def test_a_damaged_record_is_written_anew(job, tmp_path):
+    job(k=4)
+    (tmp_path / "run" / "config.json").write_text("[]")
+    job(k=4)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["flags"]["k"] == 4
+
+
+def test_a_matrix_without_directions_is_named(job, model, tmp_path):
+    shutil.copytree(model, tmp_path / "copy")
+    name = "embeddings.word_embeddings.weight"
+    path = tmp_path / "copy" / "model.safetensors"
+    safetensors.numpy.save_file({name: np.zeros((203, 64), np.float32)}, path)
+    with pytest.raises(ValueError, match=f"No row of {name} in .*copy has a direction"):
+        job(k=4, model=str(tmp_path / "copy"))
+
+
 def test_a_workdir_of_another_matrix_is_refused(job, model, tmp_path):
     shutil.copytree(model, tmp_path / "copy")
     job(k=4, model=str(tmp_path / "copy"))
