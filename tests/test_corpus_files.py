@@ -334,7 +334,9 @@ def test_a_dask_cluster_that_loses_a_worker(place, tmp_path):
 
     def feed(workers: list[int]) -> None:
         with open(pipe, "wb"):
-            killed.extend(pid for pid in workers if reads(pid, pipe))
+            # Our end may open a moment before the reader has its descriptor.
+            while not killed:
+                killed.extend(pid for pid in workers if reads(pid, pipe))
             os.kill(killed[0], signal.SIGKILL)
         while alive(killed[0]):
             time.sleep(0.01)
