@@ -41,7 +41,7 @@ PER_LANGUAGE = flags.DEFINE_integer(
     "per_language", None, "Texts of each language; the experiment's own if none.", 2
 )
 LANGUAGES = flags.DEFINE_list("languages", [], "Which languages; all when not given.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.", 0)
 WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -323,8 +323,8 @@ def translation_task(model: Any, tokenizer: Any) -> Any:
     from jaxling import demo, word_translation
 
     if TASK.value:
-        if LEXICON.value:
-            raise ValueError("--task and --lexicon exclude each other.")
+        if LEXICON.value or HARD.value:
+            raise ValueError("--task excludes --lexicon and --hard: it has its words.")
         return word_translation.load_task(TASK.value)
     asked, examples = lexicons()
     vectors = None

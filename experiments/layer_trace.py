@@ -174,8 +174,8 @@ def _curves(workdir, found: behaviours.Trace) -> dict[str, dict[str, list[float]
     """Mean mass of source, pivot and target tokens by layer, for either behaviour."""
     masses = {
         "source": found.source_mass,
-        "pivot": found.pivot_mass,
         "target": found.answer_mass,
+        "pivot": found.pivot_mass,
     }
     curves = {}
     for kind in (behaviours.PIVOT, behaviours.CO_OCCURRENCE):
@@ -195,6 +195,7 @@ def _curves(workdir, found: behaviours.Trace) -> dict[str, dict[str, list[float]
             title=f"Mean probability by layer, {own.sum():,} items: {kind}",
             x_label="layer",
             value_label="probability of the word's tokens",
+            limits=(0, 1.05 * max(max(mean) for mean in means.values())),
         )
     return curves
 

@@ -16,7 +16,8 @@ DIR (Belrose et al., 2023, https://arxiv.org/abs/2303.08112); they are trained o
 `--train_text` and saved there first if DIR does not exist. A masked language model is
 read at each token itself. Of an encoder-decoder the decoder is read (`--text` goes
 into the encoder, `--decoder_text` into the decoder); `--stack=encoder` reads the
-encoder through the shared embedding, which it was never trained for.
+encoder through the shared embedding, which it was never trained for; in a line of
+`--train_text` a tab parts what the two read, and without one both read it all.
 
 `lens.html` is the map, `trajectory.parquet` its numbers. `tokens.png` has, at
 `--position`, the tokens that were top at any layer; `languages.png` and `scripts.png`
@@ -71,7 +72,7 @@ _TRAIN_TEXT = flags.DEFINE_string(
 _TRAIN_STEPS = flags.DEFINE_integer(
     "train_steps", 300, "Steps of 8 texts when a tuned lens is trained.", 1
 )
-_TOP = flags.DEFINE_integer("top", 10, "Tokens listed at each place.", 1)
+_TOP = flags.DEFINE_integer("top", 10, "Tokens listed at each place.", 1, 1000)
 
 
 def main(argv: list[str]) -> None:
@@ -82,6 +83,11 @@ def main(argv: list[str]) -> None:
     tokenizer = vocabulary.load_tokenizer(name, revision)
     words = vocabulary.load_vocabulary(name, revision)
     pair = isinstance(model, encoder_decoder.EncoderDecoder)
+    if not pair and (_DECODER_TEXT.value or _STACK.value == "encoder"):
+        raise ValueError(
+            f"--decoder_text and --stack=encoder are for encoder-decoders; {name} has"
+            " one stack."
+        )
     stack = f"{_STACK.value}." if pair else ""
     masked = isinstance(model, encoder.Encoder) or stack == "encoder."
     tokens, inputs = _encoded(model, tokenizer, pair)
@@ -90,7 +96,6 @@ def main(argv: list[str]) -> None:
     place = _POSITION.value
     if not -read.shape[1] <= place < read.shape[1]:
         raise ValueError(f"--position must be one of {read.shape[1]}; got {place}.")
-    run = common.begin("lens", {"tokens": tokens.tolist()})
     view = _lens(model, tokenizer, stack)
     systems = writing_systems.writing_systems(words.tokens, words.special)
     sizes = model.unembed_matrix.shape[0]
@@ -98,6 +103,7 @@ def main(argv: list[str]) -> None:
         "languages": lens.token_groups(_languages(tokenizer), sizes),
         "scripts": lens.token_groups(_scripts(systems, sizes), sizes),
     }
+    run = common.begin("lens", {"tokens": tokens.tolist()})
     name_of_stream = stack + "resid_post"
     _, cache = model.run_with_cache(tokens, names_filter=(name_of_stream,), **inputs)
     hidden = cache[name_of_stream][:, 0]
@@ -171,9 +177,14 @@ def _encoded(model, tokenizer, pair: bool) -> tuple[np.ndarray, dict]:
         raise ValueError("--text has no token.")
     if not pair:
         return tokens, {}
-    start = np.asarray(model.prompt(tokens, None))[0].tolist()
     said = tokenizer.encode(_DECODER_TEXT.value, add_special_tokens=False).ids
+    start = _start(model) if model.spec.start_token is not None or not said else []
     return tokens, {"decoder_tokens": np.array([[*start, *said]])}
+
+
+def _start(model) -> list[int]:
+    """What the decoder of a pair begins with."""
+    return np.asarray(model.prompt(np.zeros((1, 1)), None))[0].tolist()
 
 
 def _targets(tokenizer, read: np.ndarray, masked: bool) -> np.ndarray:
@@ -190,11 +201,19 @@ def _lens(model, tokenizer, stack: str) -> lens.LogitLens | lens.TunedLens:
     if not _TUNED.value:
         return lens.LogitLens(model, stack)
     if pathlib.Path(_TUNED.value).exists():
-        return lens.load_lens(model, _TUNED.value)
-    if stack:
-        raise ValueError("Tuned lenses are trained for models of one stack.")
+        saved = lens.load_lens(model, _TUNED.value)
+        if saved.stack != stack:
+            raise ValueError(
+                f"The lens in {_TUNED.value} reads the {saved.stack[:-1]}, not the"
+                f" {stack[:-1]}."
+            )
+        return saved
     if _TRAIN_TEXT.value:
-        texts = pathlib.Path(_TRAIN_TEXT.value).read_text("utf-8").splitlines()
+        content = pathlib.Path(_TRAIN_TEXT.value).read_bytes()
+        try:
+            texts = content.decode().splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{_TRAIN_TEXT.value} is not UTF-8: {error}") from None
     else:
         texts = [
             " " + verse
@@ -202,11 +221,15 @@ def _lens(model, tokenizer, stack: str) -> lens.LogitLens | lens.TunedLens:
             for verse in column
         ]
     batches = lens.training_batches(
-        texts, tokenizer, steps=_TRAIN_STEPS.value, seed=common.SEED.value
+        texts,
+        tokenizer,
+        steps=_TRAIN_STEPS.value,
+        length=min(128, model.spec.length or 128),
+        seed=common.SEED.value,
+        begin=_start(model) if stack else None,
     )
-    trained = lens.train_tuned_lens(
-        model, tqdm.tqdm(batches, "training", _TRAIN_STEPS.value, disable=None)
-    )
+    shown = tqdm.tqdm(batches, "training", _TRAIN_STEPS.value, disable=None)
+    trained = lens.train_tuned_lens(model, shown, stack=stack)
     lens.save_lens(trained.lens, _TUNED.value)
     logging.info("Loss %.3f -> %.3f nats", trained.losses[0], trained.losses[-1])
     return trained.lens
@@ -268,9 +291,14 @@ def _draw_tokens(workdir, view, top, lines, spelled) -> list[list]:
         title=f"Tokens that are top at any layer ({view.reading})",
         x_label="layer",
         value_label="probability",
-        limits=(0, 1),
+        limits=_from_zero(lines),
     )
     return [[spelled[top[i]], float(lines[i, i])] for i in range(depth)]
+
+
+def _from_zero(values: np.ndarray) -> tuple[float, float]:
+    """Limits of an axis, so that small probabilities can be told apart."""
+    return 0.0, min(1.0, 1.05 * float(np.nanmax(values)))
 
 
 def _draw_groups(workdir, view, groups, mass) -> dict[str, dict]:
@@ -289,7 +317,7 @@ def _draw_groups(workdir, view, groups, mass) -> dict[str, dict]:
             title=f"Probability of each {kind[:-1]}'s tokens ({view.reading})",
             x_label="layer",
             value_label="between the lower and the upper bound",
-            limits=(0, 1),
+            limits=_from_zero(bounds.upper),
         )
         summary[kind] = {
             name: {"lower": low.tolist(), "upper": high.tolist()}

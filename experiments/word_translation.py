@@ -115,28 +115,27 @@ def _row(pair: word_translation.PairSummary) -> list:
 
 
 def _draw(workdir, pairs: list[word_translation.PairSummary]) -> None:
-    """A heat-map of each mean, and of half the width of its interval."""
-    for kind, title in (
-        ("score", "Score"),
-        ("first", "Share of words that beat nine distractors"),
-        ("rank", "Rank among ten words, 0 is best"),
+    """A heat-map of each mean with its interval."""
+    for kind, title, digits in (
+        ("score", "Score", 3),
+        ("first", "Share of words that beat nine distractors", 2),
+        ("rank", "Rank among ten words, 0 is best", 1),
     ):
-        found = [getattr(pair, kind) for pair in pairs]
-        widths = [(interval.high - interval.low) / 2 for interval in found]
-        for name, label, values in (
-            (kind, title, [interval.mean for interval in found]),
-            (f"{kind}_interval", f"{title}: half of the 95% interval", widths),
-        ):
-            codes, table = word_translation.matrix([p[:2] for p in pairs], values)
-            plots.save_heatmap(
-                workdir / f"{name}.png",
-                codes,
-                codes,
-                table,
-                title=label,
-                row_label="source",
-                column_label="target",
-            )
+        # Mean, lower end, upper end: a matrix of each.
+        columns = zip(*(getattr(pair, kind) for pair in pairs))
+        found = [word_translation.matrix([p[:2] for p in pairs], c) for c in columns]
+        (codes, mean), (_, low), (_, high) = found
+        plots.save_heatmap(
+            workdir / f"{kind}.png",
+            codes,
+            codes,
+            mean,
+            intervals=(low, high),
+            title=f"{title} (and its 95% interval)",
+            row_label="source",
+            column_label="target",
+            value_format=f"{{:.{digits}f}}",
+        )
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def classify(
         space).
 
     Raises:
-      ValueError: an unknown rule, or shapes that differ.
+      ValueError: an unknown rule, a minimum that is no probability, or shapes that
+        differ.
     """
     top_tokens, probabilities = np.asarray(top_tokens), np.asarray(probabilities)
     n = len(source_tokens)
@@ -80,6 +81,8 @@ def classify(
         raise ValueError(f"`answer_tokens` must have {n} entries.")
     if rule not in RULES:
         raise ValueError(f"`rule` must be one of {RULES}; got {rule!r}.")
+    if minimum is not None and not 0 <= minimum <= 1:
+        raise ValueError(f"`minimum` must be in [0, 1]; got {minimum}.")
     candidates = probabilities.astype(np.float64)
     if rule == "threshold":
         least = 0.1 if minimum is None else minimum

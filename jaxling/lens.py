@@ -14,7 +14,7 @@ the vocabulary: its `reading` says so, and pictures carry it.
 import hashlib
 import os
 import pathlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -145,6 +145,17 @@ def trajectory(
     return project(lens, cache[name], **reductions)
 
 
+class Batch(NamedTuple):
+    """What a model reads in one step of training."""
+
+    tokens: np.ndarray
+    """`[batch, position]`."""
+    mask: np.ndarray
+    """`[batch, position]`, zero at padding."""
+    inputs: Mapping[str, np.ndarray] | None = None
+    """`decoder_tokens` and `decoder_attention_mask` of an encoder-decoder."""
+
+
 class Training(NamedTuple):
     """A trained lens, and its loss at each step: mean KL in nats over the layers."""
 
@@ -154,7 +165,7 @@ class Training(NamedTuple):
 
 def train_tuned_lens(
     model: models.Model,
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Iterable[Batch | tuple[np.ndarray, np.ndarray]],
     *,
     learning_rate: float = 1e-3,
     stack: str = "",
@@ -167,8 +178,8 @@ def train_tuned_lens(
 
     Args:
       model: any model with a vocabulary.
-      batches: tokens and attention masks, `[batch, position]` each, of one shape (a
-        second shape compiles a second program).
+      batches: `Batch`es, or pairs of tokens and mask, of one shape (a second shape
+        compiles a second program).
       learning_rate: of Adam.
       stack: as in `LogitLens`.
       tile: tokens of the vocabulary per step of the kernel.
@@ -193,8 +204,13 @@ def train_tuned_lens(
         return optax.apply_updates(translators, updates), state, value
 
     translators, losses = None, []
-    for tokens, mask in batches:
-        _, cache = model.run_with_cache(tokens, mask, names_filter=(name,))
+    for batch in batches:
+        tokens, mask, inputs = Batch(*batch)
+        inputs = dict(inputs or {})
+        _, cache = model.run_with_cache(tokens, mask, names_filter=(name,), **inputs)
+        if stack == "decoder.":
+            said = inputs["decoder_tokens"]
+            mask = inputs.get("decoder_attention_mask", np.ones(np.shape(said)))
         hidden = cache[name].astype(jnp.float32)
         if translators is None:
             depth, d = hidden.shape[0] - 1, hidden.shape[-1]
@@ -219,27 +235,44 @@ def training_batches(
     batch: int = 8,
     length: int = 128,
     seed: int = 0,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`steps` batches of tokens and masks for `train_tuned_lens`.
+    begin: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """`steps` batches for `train_tuned_lens`.
 
     Texts are drawn with replacement, cut at `length` tokens and padded to it; empty
-    ones are left out.
+    ones are left out. With `begin`, the tokens that a decoder begins with, batches are
+    for an encoder-decoder: of a text with a tab the encoder reads what is before it and
+    the decoder what is behind, any other text is read by both.
 
     Raises:
       ValueError: no text has a token.
     """
-    coded = tokenizer.encode_batch([text for text in texts if text])
-    known = [found.ids[:length] for found in coded if found.ids]
+    pair = begin is not None
+    sides = [text.partition("\t") if pair else (text, "", "") for text in texts if text]
+    coded = tokenizer.encode_batch([before for before, _, _ in sides])
+    columns = [[found.ids[:length] for found in coded]]
+    if begin is not None:
+        said = [behind if tab else before for before, tab, behind in sides]
+        coded = tokenizer.encode_batch(said, add_special_tokens=False)
+        columns.append([[*begin, *found.ids][:length] for found in coded])
+    known = [row for row in zip(*columns) if all(row)]
     if not known:
         raise ValueError("The text to train a lens on holds no token.")
     rng = np.random.default_rng(seed)
     for _ in range(steps):
-        tokens = np.zeros((batch, length), np.int32)
-        mask = np.zeros((batch, length), bool)
-        for row, i in enumerate(rng.integers(len(known), size=batch)):
-            tokens[row, : len(known[i])] = known[i]
-            mask[row, : len(known[i])] = True
-        yield tokens, mask
+        chosen = [known[i] for i in rng.integers(len(known), size=batch)]
+        read, *said = (_padded(column, length) for column in zip(*chosen))
+        names = "decoder_tokens", "decoder_attention_mask"
+        yield Batch(*read, dict(zip(names, said[0])) if said else None)
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, ...]:
+    tokens = np.zeros((len(rows), length), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, own in enumerate(rows):
+        tokens[row, : len(own)] = own
+        mask[row, : len(own)] = True
+    return tokens, mask
 
 
 def unembedding_hash(model: models.Model) -> str:

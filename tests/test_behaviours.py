@@ -169,5 +169,7 @@ def test_what_does_not_fit_is_said():
         behaviours.classify(*tops, [{1}], [{2}], rule="first")
     with pytest.raises(ValueError, match=r"\[layer, 2\]"):
         behaviours.classify(*tops, [{1}, {2}], [{2}, {1}])
+    with pytest.raises(ValueError, match=r"`minimum` must be in \[0, 1\]; got nan"):
+        behaviours.classify(*tops, [{1}], [{2}], minimum=float("nan"))
     with pytest.raises(ValueError, match="`answer_tokens`"):
         behaviours.classify(*tops, [{1}], [])

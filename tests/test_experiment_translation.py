@@ -42,7 +42,19 @@ def place(tmp_path_factory):
             show_progress=False,
         ),
     )
-    found.save(str(folder / "model" / "tokenizer.json"))
+    pair = {
+        "model_type": "t5",
+        "vocab_size": 300,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    }
+    models.save(models.build(pair, jax.random.key(1)), folder / "pair")
+    for name in ("model", "pair"):
+        found.save(str(folder / name / "tokenizer.json"))
     lines = "".join(f"{a}\t{b}\n" for a, b in WORDS)
     (folder / "en-fr.txt").write_text(lines)
     return folder
@@ -72,7 +84,7 @@ def test_words_are_scored_and_traced_by_the_command_line(place, tmp_path):
     own = [s for s, code in zip(items["score"], items["source"]) if code == "eng"]
     np.testing.assert_allclose(pair["score"]["mean"], np.mean(own))
     assert pair["score"]["low"] <= pair["score"]["mean"] <= pair["score"]["high"]
-    assert {"score.png", "first_interval.png", "task.json"} <= {
+    assert {"score.png", "first.png", "task.json"} <= {
         path.name for path in first.iterdir()
     }
 
@@ -96,6 +108,7 @@ def test_words_are_scored_and_traced_by_the_command_line(place, tmp_path):
         (["--lexicon=eng-fra:nowhere.txt", "--names=fra:French"], "nowhere.txt"),
         (["--lexicon=eng-xx:{}/en-fr.txt"], "No prompt name"),
         (["--task={}/en-fr.txt"], "is not a word-translation task"),
+        (["--task={}/en-fr.txt", "--hard"], "--task excludes --lexicon and --hard"),
         (["--names=French"], "--names takes key:value"),
     ],
 )
@@ -104,6 +117,30 @@ def test_bad_input_ends_in_one_paragraph(place, tmp_path, flags, words):
     done = run("word_translation", place, *flags, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 1, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_encoder_decoder_is_asked_by_tokens_and_read_by_a_tuned_lens(
+    place, tmp_path
+):
+    lexicon = [f"--lexicon=eng-fra:{place}/en-fr.txt", "--names=fra:French"]
+    pair = [f"--model={place}/pair", *lexicon]
+    tokens = ["--language_tokens=eng:E,fra:F", "--hard", "--words=2"]
+    done = run("layer_trace", place, *pair, *tokens, f"--workdir={tmp_path / 'trace'}")
+    assert done.returncode == 0, done.stderr
+    traced = pyarrow.parquet.read_table(tmp_path / "trace" / "items.parquet")
+    assert traced.num_rows == 4 and set(traced["position"].to_pylist()) == {1}
+
+    lines = tmp_path / "lines.txt"
+    lines.write_text("English: word3\tF mot3\n")
+    said = ["--text=word1", "--decoder_text=F mot1", "--train_steps=2"]
+    tuned = [f"--tuned_lens={tmp_path / 'tuned'}", f"--train_text={lines}"]
+    flags = [*pair, *said, *tuned]
+    done = run("lens", place, *flags, f"--workdir={tmp_path / 'lens'}")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "lens" / "summary.json").read_text())
+    assert summary["reading"] == "tuned lens"
+    done = run("lens", place, *flags, "--stack=encoder", f"--workdir={tmp_path / 'b'}")
+    assert done.returncode == 1 and "reads the decoder, not the" in done.stderr
 
 
 def test_a_text_is_read_in_every_layer(place, tmp_path):

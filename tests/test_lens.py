@@ -175,6 +175,20 @@ def test_the_encoder_of_a_pair_is_read_through_the_shared_embedding(tokens):
     np.testing.assert_array_equal(found.top_tokens[-1], np.argsort(-logits)[..., :3])
 
 
+@pytest.mark.parametrize("stack", ["encoder.", "decoder."])
+def test_a_lens_is_tuned_for_either_stack_of_a_pair(tokens, stack):
+    model = t5()
+    inputs = {"decoder_tokens": tokens[:, :5], "decoder_attention_mask": tokens[:, :5]}
+    batches = [lens.Batch(tokens, tokens > 0, inputs)] * 20
+    trained = lens.train_tuned_lens(model, batches, learning_rate=1e-2, stack=stack)
+    assert trained.losses[-1] < 0.5 * trained.losses[0]
+    options = dict(inputs={"decoder_tokens": tokens[:, :5]}, divergence=True)
+    views = lens.LogitLens(model, stack), trained.lens
+    plain, tuned = (lens.trajectory(v, tokens, **options).kl_to_final for v in views)
+    assert tuned[0].mean() < plain[0].mean()
+    assert ("encoder" in trained.lens.reading) == (stack == "encoder.")
+
+
 def test_training_batches_are_padded_texts():
     letters = tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 2, "z": 25}, "a")
     tokenizer = tokenizers.Tokenizer(letters)
@@ -182,7 +196,20 @@ def test_training_batches_are_padded_texts():
     texts = ["abc", "", "z"]
     batches = list(lens.training_batches(texts, tokenizer, steps=3, batch=4, length=2))
     assert len(batches) == 3
-    rows = {(tuple(t), tuple(m)) for b in batches for t, m in zip(*b)}
+    rows = {(tuple(t), tuple(m)) for b in batches for t, m in zip(*b[:2])}
     assert rows == {((0, 1), (True, True)), ((25, 0), (True, False))}
     with pytest.raises(ValueError, match="no token"):
         next(lens.training_batches([""], tokenizer, steps=1))
+    # Of a pair the decoder reads what is behind a tab, or the same.
+    options = dict(steps=3, batch=4, length=3, begin=[7])
+    batches = list(lens.training_batches(["ab\tc", "b"], tokenizer, **options))
+    rows = {
+        tuple(map(tuple, row))
+        for b in batches
+        for row in zip(b.tokens, b.mask, *b.inputs.values())
+    }
+    one, two = (True, False, False), (True, True, False)
+    assert rows == {
+        ((0, 1, 0), two, (7, 2, 0), two),
+        ((1, 0, 0), one, (7, 1, 0), two),
+    }

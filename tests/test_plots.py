@@ -37,6 +37,7 @@ def draw_all(folder, rng):
         labels,
         np.where(np.eye(size), np.nan, rng.random((size, size)) * 30),
         row_label="token",
+        intervals=(np.zeros((size, size)), np.full((size, size), 30.0)),
     )
     plots.save_heatmap(
         folder / "large.png",

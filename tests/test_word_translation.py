@@ -206,6 +206,9 @@ def test_what_cannot_be_asked_is_said(model, tokenizer):
         word_translation.score_task(model, tokenizer, task(), shots=20)
     with pytest.raises(ValueError, match="configured for 128"):
         word_translation.score_task(model, tokenizer, task(1), shots=12, draws=1)
+    codes = {"eng": "e", "fra": "f"}
+    with pytest.raises(ValueError, match="llama, is asked in words"):
+        word_translation.score_task(model, tokenizer, task(1), language_tokens=codes)
     with pytest.raises(ValueError, match="No item"):
         word_translation.build_task({("eng", "fra"): PAIRS[:5]}, NAMES)
     with pytest.raises(ValueError, match="No prompt name"):

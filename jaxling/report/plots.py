@@ -182,10 +182,12 @@ def save_heatmap(
     value_format: str = "{:.2f}",
     limits: tuple[float, float] | None = None,
     diverging: bool = False,
+    intervals: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> None:
     """A matrix `[rows, columns]` as colours, with its numbers where they fit.
 
-    NaN is left grey. `diverging` centres the colours on zero.
+    NaN is left grey. `diverging` centres the colours on zero. `intervals` are the lower
+    and the upper ends, matrices too, written below the numbers.
     """
     values = np.asarray(values, dtype=float)
     if values.shape != (len(rows), len(columns)):
@@ -198,7 +200,7 @@ def save_heatmap(
     if diverging and not limits:
         low, high = -max(-low, high), max(-low, high)
     written = max(values.shape) <= 24
-    cell = 0.46 if written else 0.22
+    cell = (0.68 if intervals else 0.46) if written else 0.22
     longest = max([len(str(row)) for row in rows], default=0)
     wide = 2.2 + 0.075 * min(longest, 40) + cell * len(columns)
     size = (
@@ -220,14 +222,18 @@ def save_heatmap(
             for (i, j), value in np.ndenumerate(values):
                 if np.isfinite(value):
                     red, green, blue, _ = image.cmap(image.norm(value))
+                    lines = [value_format.format(value)]
+                    if intervals:
+                        ends = [value_format.format(end[i, j]) for end in intervals]
+                        lines.append("–".join(ends))
                     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
                     axes.text(
                         j,
                         i,
-                        value_format.format(value),
+                        "\n".join(lines),
                         ha="center",
                         va="center",
-                        fontsize=7.5,
+                        fontsize=6.5 if intervals else 7.5,
                         color="white" if dark else _INK,
                     )
         axes.set_xticks(range(len(columns)), [shown(name) for name in columns])

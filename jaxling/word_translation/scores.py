@@ -67,7 +67,7 @@ def score_task(
 
     Raises:
       ValueError: a prompt is longer than the model's positions; too few examples; a
-        masked language model; an unknown token of a language.
+        masked language model; an unknown token of a language, or one for a decoder.
     """
     rng = np.random.default_rng(seed)
     if language_tokens is not None:
@@ -110,6 +110,11 @@ def encode(
 ) -> Question:
     """The tokens of an item's prompts about `words`; see `score_task`."""
     if isinstance(model, decoder.Decoder):
+        if language_tokens:
+            raise ValueError(
+                "Tokens of languages are for encoder-decoders; this model,"
+                f" {model.config.get('model_type')}, is asked in words."
+            )
         # Prompt and answer together: tokens may merge across their boundary.
         texts = [prompt(task, item, examples, word) for word in words]
         heads = [_inner(e) for e in tokenizer.encode_batch(texts)]
@@ -141,6 +146,7 @@ def encode(
                     f" language {code}."
                 )
         end = model.config.get("eos_token_id", 2)
+        end = end[0] if isinstance(end, list) else end
         bare = tokenizer.encode_batch(list(words), add_special_tokens=False)
         inputs = [[ids[item.source], *e.ids, end] for e in bare]
         start = [*start, ids[item.target]]
