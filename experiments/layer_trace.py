@@ -226,10 +226,13 @@ def _show(by_pair, everything, most, summary, workdir) -> None:
         rows = [[part, *values] for part, values in parts.items()]
         headers = [f"mass, {kind}", *(str(i) for i in range(len(rows[0]) - 1))]
         print("\n" + tables.format_table(headers, rows))
+    judged = everything.items - everything.skipped
+    share = f" ({everything.pivot_share:.1%})" if judged else ""
     print(
-        f"\n{everything.pivot:,} of {everything.items - everything.skipped:,} items"
-        f" ({everything.pivot_share:.1%}) go through a pivot.\nItems with Scores,"
-        f" behaviours and traces: {workdir / 'items.parquet'}; pictures beside it."
+        f"\n{everything.pivot:,} of {judged:,} items{share} go through a pivot;"
+        f" {everything.skipped:,} skipped, as source and answer share a token.\nItems"
+        f" with Scores, behaviours and traces: {workdir / 'items.parquet'}; pictures"
+        " beside it."
     )
 
 

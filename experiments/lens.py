@@ -172,14 +172,22 @@ def main(argv: list[str]) -> None:
 
 def _encoded(model, tokenizer, pair: bool) -> tuple[np.ndarray, dict]:
     """Tokens `[1, n]`, and the decoder's where there is one."""
-    tokens = np.array([tokenizer.encode(_TEXT.value).ids])
+    tokens = np.array([tokenizer.encode(_text(_TEXT)).ids])
     if not tokens.size:
         raise ValueError("--text has no token.")
     if not pair:
         return tokens, {}
-    said = tokenizer.encode(_DECODER_TEXT.value, add_special_tokens=False).ids
+    said = tokenizer.encode(_text(_DECODER_TEXT), add_special_tokens=False).ids
     start = _start(model) if model.spec.start_token is not None or not said else []
     return tokens, {"decoder_tokens": np.array([[*start, *said]])}
+
+
+def _text(flag) -> str:
+    """A flag's text; a shell hands over bytes that are not text as lone surrogates."""
+    text = flag.value or ""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"--{flag.name} is not UTF-8: {ascii(text)}.")
+    return text
 
 
 def _start(model) -> list[int]:
@@ -191,7 +199,7 @@ def _targets(tokenizer, read: np.ndarray, masked: bool) -> np.ndarray:
     """What each position should say: the next token, or a masked model's own."""
     if masked:
         return np.array(read)
-    target = _TARGET.value or (_ANSWER if _TEXT.value == _PROMPT else "")
+    target = _text(_TARGET) or (_ANSWER if _TEXT.value == _PROMPT else "")
     wanted = tokenizer.encode(target, add_special_tokens=False).ids[:1]
     return np.array([*read[1:], *(wanted or [-1])])
 

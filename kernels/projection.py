@@ -24,7 +24,7 @@ from . import mesh as meshes
 # Stands for "not a token" in a tile. Finite, so that 0 * MASKED is 0 and not NaN.
 _MASKED = -1e30
 _GROUP = 32
-_TILE = 1 << 21  # logits alive at a time: 8 MiB
+_TILE = 1 << 20  # logits in a tile: 4 MiB
 
 
 class Projection(NamedTuple):
@@ -66,7 +66,7 @@ def project_layers(
     divergence: bool = False,
     targets: ArrayLike | None = None,
     groups: ArrayLike | None = None,
-    tile: int = 4096,
+    tile: int = 2048,
     block: int | None = None,
     mesh: Mesh | None = None,
 ) -> Projection:
@@ -103,7 +103,7 @@ def project_layers(
         negative id is no target.
       groups: `[g, vocab]` weights, 0 or 1 for sets of tokens.
       tile: tokens per step.
-      block: positions per step; by default as many as keep a tile of logits at 8 MiB.
+      block: positions per step; by default as many as keep a tile of logits at 4 MiB.
       mesh: shares positions and unembedding out over these devices, whatever their
         number; blocks of the vocabulary go round them, and every device ends with the
         whole result. With several processes each passes the same arrays.
