@@ -296,8 +296,8 @@ def _draw_tokens(workdir, view, top, lines, spelled) -> list[list]:
         workdir / "tokens.png",
         [spelled[token] for token in order],
         [lines[:, first[token]] for token in order],
-        title=f"Tokens that are top at any layer ({view.reading})",
-        x_label="layer",
+        title="Tokens that are top at any layer",
+        x_label=f"layer ({view.reading})",
         value_label="probability",
         limits=_from_zero(lines),
     )
@@ -322,8 +322,8 @@ def _draw_groups(workdir, view, groups, mass) -> dict[str, dict]:
             [group.names[i] for i in largest],
             ((bounds.lower + bounds.upper) / 2).T[largest],
             errors=((bounds.upper - bounds.lower) / 2).T[largest],
-            title=f"Probability of each {kind[:-1]}'s tokens ({view.reading})",
-            x_label="layer",
+            title=f"Probability of each {kind[:-1]}'s tokens",
+            x_label=f"layer ({view.reading})",
             value_label="between the lower and the upper bound",
             limits=_from_zero(bounds.upper),
         )
