@@ -26,6 +26,7 @@ tokens. `--trace` takes items, Scores and behaviours from a run of `layer_trace`
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -131,7 +132,7 @@ def _digest(content) -> str:
 
 def _traced(model, tokenizer, task) -> dict[str, list]:
     """Items with Scores and behaviours, as a run of `layer_trace` has them."""
-    prompts = dict(
+    prompts: dict[str, Any] = dict(
         shots=common.SHOTS.value,
         seed=common.SEED.value,
         language_tokens=common.entries(common.LANGUAGE_TOKENS.value, "language_tokens")

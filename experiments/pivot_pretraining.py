@@ -254,7 +254,7 @@ def _records(shards, seed: int, tokenizer) -> Iterator[tuple[str | np.ndarray, s
             labels = corpus.read_shard(shard._replace(field=_LANGUAGE_FIELD.value))
             yield from zip(corpus.read_shard(shard), labels, strict=True)
     else:
-        identify = selection.load_identifier(_IDENTIFIER.value)
+        identify = selection.load_identifier(_IDENTIFIER.value or "")
         damage: list[corpus.Damage] = []
         for shard in shards:
             report = None if common.STRICT.value else damage.append
@@ -287,7 +287,7 @@ def _pool(workdir, shards, tokenizer, model, recipe, seed: int) -> _Pool:
     if not (folder / "languages.json").exists():
         languages: list[str] = []
 
-        def documents():
+        def tokenised():
             for text, language in _records(shards, seed, tokenizer):
                 ids = text
                 if isinstance(text, str):
@@ -296,7 +296,7 @@ def _pool(workdir, shards, tokenizer, model, recipe, seed: int) -> _Pool:
                     languages.append(language)
                     yield _ended([list(ids)], model)[0]
 
-        training.write_tokens(folder / "tokens", documents(), vocabulary_size=size)
+        training.write_tokens(folder / "tokens", tokenised(), vocabulary_size=size)
         common.write_json(folder / "languages.json", languages)
     file = training.open_tokens(folder / "tokens")
     languages = json.loads((folder / "languages.json").read_text("utf-8"))
@@ -326,6 +326,7 @@ def _graph(folder, file, documents, languages, size, model) -> selection.Graph:
         shards, every, processes=common.PROCESSES.value, progress=False
     ).counts
     end = _ended([[]], model)[0]
+    assert counts.token_documents is not None, "the plan counts tokens"
     nodes = selection.commonest(
         counts.token_documents, _GRAPH_TOKENS.value, excluded=end
     )
@@ -504,7 +505,7 @@ def _report(run, before, results) -> None:
 
 def _show(run, before, results, means, gains) -> None:
     headers = ["arm", "Score", "95%", "chrF", "95%", "loss", "95%", "tokens", "pivots"]
-    rows = [["before"]]
+    rows: list[list[Any]] = [["before"]]
     for metric in _METRICS:
         rows[0] += [before[metric], ""]
     rows[0] += [0, ""]

@@ -176,7 +176,7 @@ def _of_others(task, sets, own) -> list[list[int]]:
     groups: dict[tuple[str, str], list[int]] = {}
     for i, item in enumerate(task.items):
         groups.setdefault(item[:2], []).append(i)
-    other = [[] for _ in task.items]
+    other: list[list[int]] = [[] for _ in task.items]
     for group in groups.values():
         for i, j in zip(group, [*group[1:], group[0]]):
             mine = {*sets[i], *own[i][0], *own[i][1]}

@@ -110,7 +110,7 @@ def bridged_documents(
     """
     rng = np.random.default_rng(seed)
     while True:
-        sentence = sentences[rng.integers(len(sentences))]
+        sentence = sentences[int(rng.integers(len(sentences)))]
         outer, bridge = rng.integers(2), 2 + rng.integers(bridges)
         sides = [clone(sentence, size, int(number)) for number in (outer, bridge)]
         if rng.integers(2):

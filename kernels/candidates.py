@@ -40,8 +40,12 @@ class Candidates(NamedTuple):
 
     def where(self, keep: np.ndarray) -> "Candidates":
         """The candidates that `keep` marks."""
-        kept = (part[keep] for part in (self.i, self.j, self.steps, self.several))
-        return Candidates(self.corner, *kept, self.least, self.step)
+        return self._replace(
+            i=self.i[keep],
+            j=self.j[keep],
+            steps=self.steps[keep],
+            several=self.several[keep],
+        )
 
     def positions(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions among the rows and among the keys, int32."""

@@ -39,9 +39,9 @@ def group(values: Float[Array, "n d"], valid: np.ndarray) -> Groups:
     """The groups of equal rows among the valid ones."""
     n = len(valid)
     keys = np.zeros(n, np.uint64)
-    for first, size in scaled.spans(*values.shape):
-        hashes = np.asarray(_hashes(values, first, size)).astype(np.uint64)
-        keys[first : first + size] = (hashes[0] << np.uint64(32)) | hashes[1]
+    for at, height in scaled.spans(*values.shape):
+        hashes = np.asarray(_hashes(values, at, height)).astype(np.uint64)
+        keys[at : at + height] = (hashes[0] << np.uint64(32)) | hashes[1]
     rows = np.flatnonzero(valid)
     rows = rows[np.argsort(keys[rows], kind="stable")]
     same = keys[rows[1:]] == keys[rows[:-1]]

@@ -54,7 +54,7 @@ def prepare(
 
     With `one_scale` all queries share one too: keys look for queries as well.
     """
-    exponents = None, None
+    exponents: tuple[Array | None, Array | None] = None, None
     if metric != "cosine":
         tops = top_exponent(queries), top_exponent(keys)
         exponents = scales(*tops, metric, one_scale)

@@ -49,7 +49,7 @@ def select(
     orders = [sorting(run[0], rows) for run in runs]
     held = [np.bincount(run[0], minlength=rows) for run in runs]
     ends = [np.concatenate([[0], np.cumsum(counts)]) for counts in held]
-    total = sum(held)
+    total = np.sum(held, axis=0)
     best = np.full((rows, k), EMPTY)
 
     def ranks_of(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ on a device. Only a block beyond the result is held at a time.
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def prepare(
     one_scale: bool = False,
 ) -> tuple[pairs.Rows, pairs.Rows]:
     """As `pairs.prepare`; where both are one array, so may be the results."""
-    exponents = None, None
+    exponents: tuple[Array | None, Array | None] = None, None
     if metric != "cosine":
         exponents = pairs.scales(_top(queries), _top(keys), metric, one_scale)
     others = _rows(keys, exponents[1], metric)
@@ -42,21 +43,19 @@ def spans(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield min(start, rows - size), size
 
 
-def block(x: ArrayLike, start: int, size: int) -> Array:
+def block(x: Any, start: int, size: int) -> Array:
     """Rows from `start` on, on the device."""
     if isinstance(x, jax.Array):
         return _cut(x, start, size)
     return jnp.asarray(x[start : start + size])
 
 
-def _top(x: ArrayLike) -> Int[Array, ""]:
+def _top(x: Any) -> Int[Array, ""]:
     tops = [pairs.top_exponent(block(x, *span)) for span in spans(*x.shape)]
     return jnp.max(jnp.stack(tops)) if tops else jnp.int32(0)
 
 
-def _rows(
-    x: ArrayLike, exponent: Int[Array, ""] | None, metric: pairs.Metric
-) -> pairs.Rows:
+def _rows(x: Any, exponent: Int[Array, ""] | None, metric: pairs.Metric) -> pairs.Rows:
     n, d = x.shape
     values = jnp.zeros((n, d), jnp.float32)
     valid, exponents = np.zeros(n, bool), np.zeros(n, np.int32)

@@ -226,7 +226,7 @@ def memory(x: np.ndarray, folder: str) -> None:
     """Peaks of ours on one matrix, and their share of all scores in float32."""
     path = os.path.join(folder, "rows.npy")
     np.save(path, x)
-    found = {}
+    found: dict[str, float] = {}
     for which, rise in zip(("first", "later"), harness.peak_rises(ours, path)):
         share = rise * 2**20 / (4 * len(x) ** 2)
         found[f"peak of a {which} call, MiB"] = round(rise)

@@ -463,8 +463,9 @@ def save_fits(
     with _picture(path, text, size, (lines, columns)) as (grid, shown):
         for axes in grid[len(names) :]:
             axes.set_axis_off()
-        for axes, name, own, kind in zip(grid, names, points, labels):
-            own, kind = np.asarray(own, float).reshape(-1, 2), np.asarray(kind, str)
+        for axes, name, places, called in zip(grid, names, points, labels):
+            own = np.asarray(places, float).reshape(-1, 2)
+            kind = np.asarray(called, str)
             known = np.isfinite(own).all(1)
             for i, label in enumerate(kinds):
                 mine = own[known & (kind == label)]
@@ -533,6 +534,6 @@ def _picture(
         if panels is None:
             yield drawing.add_subplot(), shown
         else:
-            common = {f"share{shared}": True}
+            common: Any = {f"share{shared}": True}
             yield drawing.subplots(*panels, squeeze=False, **common).ravel(), shown
         drawing.savefig(path, format="png", metadata={"Software": None})
