@@ -42,7 +42,10 @@ _RECIPES = {
     "olmo": training.OLMO,
 }
 _INIT = flags.DEFINE_string(
-    "init", "demo", "Weights and tokenizer to begin with: a name, directory, or hub id."
+    "init",
+    None,
+    "Weights and tokenizer to begin with: a name, directory, or hub id; if none, those"
+    " of --model.",
 )
 _CONFIG = flags.DEFINE_string(
     "config", None, "A config.json: random weights instead of those of --init."
@@ -101,12 +104,13 @@ def main(argv: list[str]) -> None:
     """Trains, evaluates before and after, draws the loss and exports the model."""
     del argv
     recipe = recipe_of_flags()
-    directory = checkpoints.locate(_INIT.value)
+    start = _INIT.value or common.MODEL.value
+    directory = checkpoints.locate(start)
     if _CONFIG.value:
         config = json.loads(pathlib.Path(_CONFIG.value).read_text("utf-8"))
         model = models.build(config, jax.random.key(common.SEED.value))
     else:
-        model = models.load(_INIT.value, dtype="float32")
+        model = models.load(start, dtype="float32")
     run = common.begin("pretrain", {"model": model.config})
     train_file, held_out = _data(run.workdir, directory, model)
     mesh = None

@@ -411,6 +411,27 @@ def test_a_bad_recipe_is_named(file, tmp_path, changes, message):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_model_that_sees_its_target_is_refused(file, tmp_path):
+    config = {
+        "model_type": "bert",
+        "vocab_size": 97,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "max_position_embeddings": 64,
+    }
+    encoder = models.build(config, jax.random.key(0))
+    with pytest.raises(ValueError, match="decoders; the model is an Encoder"):
+        run(encoder, file, tmp_path / "run")
+
+
+def test_text_without_a_target_is_refused(tmp_path):
+    lone = training.write_tokens(tmp_path / "lone", [[5], [6]], vocabulary_size=97)
+    with pytest.raises(ValueError, match="no token to predict"):
+        training.evaluate(new_model(), lone, RECIPE)
+
+
 def test_tokens_and_devices_have_to_fit(file, tmp_path):
     big = training.write_tokens(tmp_path / "big", [[5, 97]], vocabulary_size=100)
     with pytest.raises(ValueError, match="holds token 97; the model's vocabulary ends"):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxling.models import Model
+from jaxling.models.decoder import Decoder
 
 from . import packing, snapshots, steps
 from . import recipe as recipes
@@ -53,6 +54,11 @@ def check(
 ) -> None:
     """Raises ValueError where model, data, recipe and devices do not fit together."""
     recipes.check_recipe(recipe)
+    if not isinstance(model, Decoder):
+        raise ValueError(
+            "Next tokens are predicted by decoders; the model is an"
+            f" {type(model).__name__}, which sees what it would have to predict."
+        )
     vocabulary = model.unembed_matrix.shape[0]
     for file in files.values():
         if file.largest >= vocabulary:
@@ -97,7 +103,12 @@ def _evaluate(frame, parameters, file, recipe, mesh) -> Evaluation:
         placed = steps.place_batch(batch, 1, mesh)
         part, count = steps.evaluation_step(frame, plain, mesh, parameters, placed)
         loss, targets = loss + float(part), targets + int(count)
-    return Evaluation(loss / max(targets, 1), targets)
+    if not targets:
+        raise ValueError(
+            f"{file.path} holds no token to predict: every document is one token, or"
+            " none counts."
+        )
+    return Evaluation(loss / targets, targets)
 
 
 def train(
