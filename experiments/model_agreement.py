@@ -53,10 +53,8 @@ def main(argv: list[str]) -> None:
     words = [vocabulary.load_vocabulary(*pair) for pair in zip(models, revisions)]
     others = [vocabulary.load_vocabulary(other) for other in common.SHARED_WITH.value]
     ids = vocabulary.shared_tokens(*words, *others)[: len(models)]
-    held = np.min(
-        [checkpoint.shape(name)[0] for checkpoint, name in zip(opened, names)]
-    )
-    ids = ids[:, (ids < held).all(0)]
+    held = [checkpoint.shape(name)[0] for checkpoint, name in zip(opened, names)]
+    ids = ids[:, (ids < np.array(held)[:, None]).all(0)]
     k = min(common.K.value or _K, ids.shape[1])
     if k < 2:
         raise ValueError(f"{', '.join(models)} share {ids.shape[1]} tokens: too few.")

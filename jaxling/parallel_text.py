@@ -3,6 +3,7 @@
 import gzip
 import lzma
 import pathlib
+import zlib
 from collections.abc import Callable, Sequence
 from typing import IO, NamedTuple
 
@@ -37,7 +38,7 @@ def read_parallel(
         with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
             # Not splitlines: a text may hold U+2028 and its like.
             lines = file.read().removesuffix("\n").split("\n")
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+    except (UnicodeDecodeError, lzma.LZMAError, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is not a TSV in UTF-8: {error}.") from None
     header = lines[0].split("\t")
     if len(set(header)) < len(header):

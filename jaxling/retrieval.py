@@ -343,7 +343,8 @@ def mantel(
 
     Pearson correlation of the upper triangles; the null relabels the items of one
     matrix, because its entries are not independent. p = (1 + permutations with at
-    least this correlation) / (1 + permutations). Mantel, 1967.
+    least this correlation) / (1 + permutations). Mantel, 1967. Both are NaN where a
+    matrix holds NaN or is constant: nothing correlates with it.
 
     Raises:
       ValueError: not square, of different size, asymmetric, or fewer than 3 items.
@@ -354,7 +355,7 @@ def mantel(
             "`a` and `b` must be square, of one size, with at least 3 items;"
             f" got {a.shape} and {b.shape}."
         )
-    if not all(np.allclose(x, x.T) for x in (a, b)):
+    if not all(np.allclose(x, x.T, equal_nan=True) for x in (a, b)):
         raise ValueError("`a` and `b` must be symmetric.")
     upper = np.triu_indices(len(a), 1)
 
@@ -365,6 +366,8 @@ def mantel(
 
     own = standard(a)
     correlation = float(own @ standard(b))
+    if np.isnan(correlation):
+        return Mantel(np.nan, np.nan)
     generator = np.random.default_rng(seed)
     reached = 1
     for _ in range(permutations):

@@ -215,6 +215,7 @@ def rcsls(
         )
     x, y = sides[:2]
     start = procrustes(x, y) if initial is None else numerics.widened(initial)
+    start = start.astype(x.dtype)
     _check_map("initial", start, x=x, y=y)
     descend = functools.partial(
         _rcsls, learning_rate=learning_rate, k=k, steps=steps, spectral=spectral

@@ -1,10 +1,12 @@
 """The experiments that compare spaces, end to end on the built-in models."""
 
+import gzip
 import json
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+import safetensors.numpy
 from absl import flags
 from absl.testing import flagsaver
 
@@ -37,6 +39,34 @@ def test_agreement_is_beyond_chance_and_whole_with_oneself(tmp_path):
     with flagsaver.flagsaver(workdir=str(tmp_path / "same"), models=["demo"]):
         with pytest.raises(ValueError, match="two different models"):
             model_agreement.main([])
+
+
+def test_vocabularies_of_other_sizes_lose_no_shared_token(tmp_path):
+    """The shared tokens stand beyond the end of the smaller model's matrix."""
+    rng = np.random.default_rng(0)
+    shared = [f"word{chr(97 + i)}" for i in range(20)]
+    fillers = [f"other{chr(97 + i)}" for i in range(26)]
+    for name, tokens in (("small", shared), ("large", [*fillers, *shared])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", "utf-8")
+        (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": False})
+        )
+        rows = rng.standard_normal((len(tokens), 4)).astype(np.float32)
+        safetensors.numpy.save_file(
+            {"embeddings.word_embeddings.weight": rows}, folder / "model.safetensors"
+        )
+    with flagsaver.flagsaver(
+        workdir=str(tmp_path / "run"),
+        model=str(tmp_path / "small"),
+        models=[str(tmp_path / "large")],
+        k=5,
+        permutations=2,
+    ):
+        model_agreement.main([])
+    assert summary(tmp_path / "run")["shared_tokens"] == len(shared)
 
 
 def test_induction_asks_every_map_and_method(tmp_path):
@@ -147,3 +177,8 @@ def test_parallel_files_are_read_and_refused(tmp_path):
     (tmp_path / "bad.tsv.xz").write_bytes(b"no")
     with pytest.raises(ValueError, match="bad.tsv.xz is not a TSV"):
         parallel_text.read_parallel(tmp_path / "bad.tsv.xz")
+    packed = bytearray(gzip.compress(bytes(range(256)) * 40, mtime=0))
+    packed[10] = 0xFF  # no kind of block that deflate has
+    (tmp_path / "bad.tsv.gz").write_bytes(packed)
+    with pytest.raises(ValueError, match="bad.tsv.gz is not a TSV"):
+        parallel_text.read_parallel(tmp_path / "bad.tsv.gz")

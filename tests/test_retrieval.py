@@ -192,6 +192,10 @@ def test_mantel_finds_agreement_and_its_absence(rng):
     other = rng.normal(size=(12, 3))
     far = np.linalg.norm(other[:, None] - other[None], axis=-1)
     assert retrieval.mantel(distances, far, permutations=199).p_value > 0.05
+    unknown = distances.copy()
+    unknown[0, 1] = unknown[1, 0] = np.nan
+    for undefined in (np.ones((12, 12)), unknown):
+        assert np.isnan(retrieval.mantel(distances, undefined, permutations=9)).all()
     with pytest.raises(ValueError, match="symmetric"):
         retrieval.mantel(distances, np.triu(distances))
     with pytest.raises(ValueError, match="at least 3"):
