@@ -5,12 +5,12 @@
 
 Default: the built-in models `demo` and `demo-small`, over all the tokens they share.
 
-Expect: 51% of the 100 neighbours shared (chance 1.8%) and a first angle above 0.999 (0.32
-and 0.29 against a random matrix): both embeddings began with statistics of the same
-verses, and share 26% before `demo-small` is trained. In the paper XLM-R-XL and XXL share
-up to 60 of 100 neighbours, mT5 models 20 to 30, BLOOM-1.1B 5 to 10 with others; first
-canonical angle 0.99 within XLM-R, 0.95 to 0.97 within mT5, 0.15 to 0.27 against a random
-matrix of 512 columns.
+Expect: 51% of the 100 neighbours shared (chance 1.8%) and a first angle above 0.999
+(0.32 and 0.29 against a random matrix): both embeddings began with statistics of the
+same verses, and share 26% before `demo-small` is trained. In the paper XLM-R-XL and XXL
+share up to 60 of 100 neighbours, mT5 models 20 to 30, BLOOM-1.1B 5 to 10 with others;
+first canonical angle 0.99 within XLM-R, 0.95 to 0.97 within mT5, 0.15 to 0.27 against a
+random matrix of 512 columns.
 
 Figures 7 and 8 of Hyperpolyglot LLMs (Wen-Yi and Mimno, 2023,
 https://arxiv.org/abs/2311.18034). For every token that all models have, its 100 nearest
