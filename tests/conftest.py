@@ -42,6 +42,7 @@ def agree(record_property):
     def check(part, ours, theirs, atol):
         np.testing.assert_allclose(ours, theirs, atol=atol, rtol=0)
         difference = np.abs(np.asarray(ours) - np.asarray(theirs)).max()
+        assert np.isfinite(difference), f"{part} is not finite"
         record_property(part, float(difference))
 
     return check

@@ -306,7 +306,6 @@ def test_packed_documents_do_not_see_each_other(build):
     path, _ = build("bert")
     model = models.load(path)
     tokens, _, _ = sequences()
-    segments = np.repeat([[0, 1]], 10, axis=1).repeat(3, axis=0)
     segments = np.where(np.arange(20) < 8, 0, 1)[None].repeat(3, axis=0)
     packed = model(tokens, segment_ids=segments)
     for part in (slice(0, 8), slice(8, 20)):

@@ -311,6 +311,7 @@ def test_packed_documents_do_not_see_each_other(llama, tokens):
         (np.zeros(5, int), None, {}, r"\[batch, position\]"),
         (np.zeros((1, 5)), None, {}, "must be integers"),
         (np.full((1, 5), 64), None, {}, r"in \[0, 64\); got 64"),
+        (np.full((1, 5), 2**32 + 3), None, {}, "must fit int32; got 4294967299"),
         (np.full((1, 5), -1), None, {}, r"in \[0, 64\); got -1"),
         (np.zeros((1, 33), int), None, {}, "33 positions; .* configured for 32"),
         (np.zeros((1, 5), int), np.ones((1, 4)), {}, "`attention_mask` must have"),
@@ -325,6 +326,15 @@ def test_packed_documents_do_not_see_each_other(llama, tokens):
 def test_bad_inputs_are_named(llama, tokens, mask, extra, message):
     with pytest.raises(ValueError, match=message):
         llama(tokens, mask, **extra)
+
+
+def test_ids_that_a_jitted_function_holds_are_checked(llama, tokens):
+    ids = jnp.asarray(tokens)
+    found = jax.jit(lambda scale: scale * llama(ids))(1.0)
+    np.testing.assert_allclose(found, llama(ids), atol=1e-5)
+    beyond = jnp.full_like(ids, 64)
+    with pytest.raises(ValueError, match="got 64"):
+        jax.jit(lambda scale: scale * llama(beyond))(1.0)
 
 
 def test_bfloat16_products_with_float32_weights(llama, tokens):
@@ -468,6 +478,53 @@ def test_large_models_are_saved_in_several_files(llama, tmp_path, monkeypatch):
         jax.tree.leaves(nnx.state(models.load(tmp_path))),
     ):
         np.testing.assert_array_equal(before, after)
+
+
+def test_a_save_leaves_no_weights_of_an_earlier_one(llama, tmp_path, monkeypatch):
+    other = models.build(CONFIG, jax.random.key(1))
+    (tmp_path / "model-of-mine.safetensors").touch()
+    for model_saved, size in ((other, 2**30), (llama, 20000), (other, 40000)):
+        monkeypatch.setattr(conversion, "SHARD", size)
+        models.save(model_saved, tmp_path)
+        again = nnx.state(models.load(tmp_path))
+        for before, after in zip(
+            jax.tree.leaves(nnx.state(model_saved)), jax.tree.leaves(again)
+        ):
+            np.testing.assert_array_equal(before, after)
+        assert len({path.name[12:] for path in tmp_path.glob("model-0*")}) <= 1
+    monkeypatch.setattr(conversion, "SHARD", 2**30)
+    models.save(llama, tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"config.json", "model.safetensors", "model-of-mine.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "config, name",
+    [
+        (
+            dict(model_type="gpt2", vocab_size=20, n_embd=8, n_layer=1, n_head=2),
+            "transformer.h.0.attn.c_attn.weight",
+        ),
+        (
+            dict(
+                model_type="gpt_neox",
+                vocab_size=20,
+                hidden_size=8,
+                intermediate_size=12,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            ),
+            "gpt_neox.layers.0.attention.query_key_value.weight",
+        ),
+    ],
+)
+def test_a_transposed_fused_tensor_is_refused(tmp_path, config, name):
+    from safetensors.numpy import load_file
+
+    models.save(models.build(config, jax.random.key(0)), tmp_path)
+    turned = load_file(tmp_path / "model.safetensors")[name].T.copy()
+    with pytest.raises(CheckpointError, match=rf"{name} has shape \[{turned.shape[0]}"):
+        models.load(rewritten(tmp_path, tmp_path, tensors={name: turned}))
 
 
 def test_it_is_cast_while_it_is_read(llama, saved):

@@ -39,6 +39,8 @@ def measured(report: pathlib.Path) -> dict[str, dict[str, str]]:
         name = test.get("name", "")
         if test.find("failure") is not None or test.find("error") is not None:
             failed.append(name)
+        if test.find("skipped") is not None:
+            continue
         if not (case := re.fullmatch(r"(\w+)\[(.+)\]", name)):
             continue
         largest: dict[str, float] = collections.defaultdict(float)

@@ -20,7 +20,9 @@ both.
     blocks.{l}.attn.hook_q, hook_k, hook_v, hook_z   [batch, position, head, size]
     blocks.{l}.attn.hook_pattern, cross_attn.hook_pattern   [batch, head, query, key]
     blocks.{l}.mlp.hook_post   the input of the MLP's last product
-    ln_final.hook_normalized   after the final norm
+    ln_final.hook_normalized   after the final norm; of an encoder with a head for
+                               masked tokens, after that head's product, activation
+                               and norm
 """
 
 import fnmatch

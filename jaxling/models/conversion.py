@@ -259,6 +259,10 @@ def tensors(model: Model, family: Family) -> dict[str, np.ndarray]:
 
 
 SHARD = 2 * 2**30  # bytes of a file
+INDEX = "model.safetensors.index.json"
+WEIGHTS = re.compile(
+    r"model\.safetensors(\.index\.json)?|model-[0-9]+-of-[0-9]+\.safetensors"
+)
 
 
 def save(model: Model, family: Family, directory: str | os.PathLike) -> None:
@@ -292,8 +296,13 @@ def save(model: Model, family: Family, directory: str | os.PathLike) -> None:
         os.replace(directory / f"{file}.partial", directory / file)
     if len(shards) > 1:
         index = {"metadata": {}, "weight_map": files}
-        _write_json(directory / "model.safetensors.index.json", index)
+        _write_json(directory / INDEX, index)
     _write_json(directory / "config.json", config)
+    # What an earlier save left here would be read in place of this one, or beside it.
+    current = {*files.values(), *([INDEX] if len(shards) > 1 else [])}
+    for path in list(directory.iterdir()):
+        if WEIGHTS.fullmatch(path.name) and path.name not in current:
+            path.unlink()
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from . import layers
 from .config import Family
 from .decoder import Decoder, Language
-from .rules import Ignore, Rule, Rules, dense, norm, same, unembedding
+from .rules import Ignore, Rule, Rules, dense, norm, reshaped, same, unembedding
 
 ATTRIBUTES = {
     "vocab_size": 50257,
@@ -66,7 +67,9 @@ def _columns(path: str, leaf: str) -> Rule:
     """Queries, keys, values side by side: the last axis is [3, head, size]."""
 
     def view(tensor: np.ndarray, part: int, shape: tuple[int, ...]) -> np.ndarray:
-        return tensor.reshape(*shape[:-2], 3, *shape[-2:])[..., part, :, :]
+        fused = (*shape[:-2], 3, *shape[-2:])
+        stored = (*shape[:-2], math.prod(fused[-3:]))
+        return reshaped(tensor, stored, fused)[..., part, :, :]
 
     def join(parts: list[np.ndarray]) -> np.ndarray:
         return np.stack(parts, -3).reshape(*parts[0].shape[:-2], -1)
@@ -79,7 +82,9 @@ def _columns(path: str, leaf: str) -> Rule:
 def _from_heads(path: str) -> Rule:
     return Rule(
         (path,),
-        lambda tensor, part, shape: tensor.reshape(shape),
+        lambda tensor, part, shape: reshaped(
+            tensor, (math.prod(shape[:-1]), shape[-1]), shape
+        ),
         lambda parts: parts[0].reshape(-1, parts[0].shape[-1]),
     )
 

@@ -23,6 +23,7 @@ from .rules import (
     dense,
     linear_of_heads,
     norm,
+    reshaped,
     same,
     unembedding,
 )
@@ -60,6 +61,8 @@ FIXED = {
     # The row of positions that is zero; rows are offset by 2, so these are never used.
     "pad_token_id": (None, 0, 1),
 }
+# Positions begin behind padding's row there, whichever it is; here always at row 2.
+FIXED_M2M = FIXED | {"pad_token_id": (None, 1)}
 IGNORED = (
     "tie_word_embeddings", "classif_dropout", "num_hidden_layers", "_num_labels",
     "save_step",
@@ -117,7 +120,7 @@ def rules(spec: Pair) -> Rules:
     if spec.unembed_bias:
         table["final_logits_bias"] = Rule(
             ("bias",),
-            lambda tensor, part, shape: tensor.reshape(shape),
+            lambda tensor, part, shape: reshaped(tensor, (1, *shape), shape),
             lambda parts: parts[0][None],
         )
     for side, own in (("encoder", spec.encoder), ("decoder", spec.decoder)):
@@ -154,4 +157,4 @@ def block_rules(block: str, to: str, *, cross: bool) -> Table:
 
 
 FAMILY = Family(EncoderDecoder, ATTRIBUTES, FIXED, spec, rules, IGNORED, amend=amend)
-FAMILY_M2M = FAMILY._replace(attributes=ATTRIBUTES_M2M, spec=spec_m2m)
+FAMILY_M2M = FAMILY._replace(attributes=ATTRIBUTES_M2M, fixed=FIXED_M2M, spec=spec_m2m)

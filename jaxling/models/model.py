@@ -147,7 +147,7 @@ class Model(nnx.Module):
     def _run(self, tokens, attention_mask, names, hooks, dtype, inputs):
         tokens = as_tokens(tokens, "tokens")
         mask = as_mask(attention_mask, tokens, "attention_mask")
-        inputs = {k: jnp.asarray(v) for k, v in inputs.items() if v is not None}
+        inputs = {k: as_array(v, k) for k, v in inputs.items() if v is not None}
         self.check(tokens, mask, **inputs)
         hooks = {
             name: hook
@@ -177,10 +177,23 @@ def as_tokens(tokens: ArrayLike, name: str) -> Array:
     shape = np.shape(tokens)
     if len(shape) != 2:
         raise ValueError(f"`{name}` must be [batch, position]; got shape {shape}.")
-    tokens = jnp.asarray(tokens)
+    tokens = as_array(tokens, name)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"`{name}` must be integers; got {tokens.dtype}.")
     return tokens.astype(jnp.int32)
+
+
+def as_array(values: ArrayLike, name: str) -> Array:
+    """An array of JAX's; integers that int32 would wrap are refused where concrete."""
+    if not isinstance(values, jax.core.Tracer):
+        values = values if isinstance(values, jax.Array) else np.asarray(values)
+        if values.dtype in (np.int64, np.uint32, np.uint64) and values.size:
+            with jax.ensure_compile_time_eval():
+                low, high = int(values.min()), int(values.max())
+            if low < -(2**31) or high >= 2**31:
+                wrong = low if low < -(2**31) else high
+                raise ValueError(f"`{name}` must fit int32; got {wrong}.")
+    return jnp.asarray(values)
 
 
 def as_mask(mask: ArrayLike | None, tokens: Array, name: str) -> Array:
@@ -199,7 +212,8 @@ def check_ids(tokens: Array, vocabulary: int, name: str) -> None:
     """Ids out of range would be clamped silently; checked where they are concrete."""
     if isinstance(tokens, jax.core.Tracer) or tokens.size == 0:
         return
-    low, high = int(tokens.min()), int(tokens.max())
+    with jax.ensure_compile_time_eval():  # also where a jitted function holds them
+        low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         raise ValueError(
             f"`{name}` must be in [0, {vocabulary}); got {low if low < 0 else high}."

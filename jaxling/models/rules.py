@@ -117,7 +117,13 @@ def heads_of_three(path: str) -> Rule:
     return Rule(
         _three(path, "kernel"),
         lambda tensor, part, shape: np.moveaxis(
-            tensor.reshape(shape[1], 3, shape[2], shape[0])[:, part], -1, 0
+            reshaped(
+                tensor,
+                (3 * shape[1] * shape[2], shape[0]),
+                (shape[1], 3, shape[2], shape[0]),
+            )[:, part],
+            -1,
+            0,
         ),
         lambda parts: np.stack([np.moveaxis(p, 0, -1) for p in parts], 1).reshape(
             -1, len(parts[0])
@@ -129,13 +135,24 @@ def biases_of_three(path: str) -> Rule:
     """The bias of `heads_of_three`."""
     return Rule(
         _three(path, "bias"),
-        lambda tensor, part, shape: tensor.reshape(shape[0], 3, shape[1])[:, part],
+        lambda tensor, part, shape: reshaped(
+            tensor, (3 * shape[0] * shape[1],), (shape[0], 3, shape[1])
+        )[:, part],
         lambda parts: np.stack(parts, 1).reshape(-1),
     )
 
 
 def _three(path: str, leaf: str) -> tuple[str, ...]:
     return tuple(f"{path}.{name}.{leaf}" for name in ("query", "key", "value"))
+
+
+def reshaped(
+    tensor: np.ndarray, stored: tuple[int, ...], shape: tuple[int, ...]
+) -> np.ndarray:
+    """A tensor whose axes are split or joined; ValueError where it is not `stored`."""
+    if tensor.shape != stored:
+        raise ValueError
+    return tensor.reshape(shape)
 
 
 def _split(tensor: np.ndarray, part: int, shape: tuple[int, ...]) -> np.ndarray:
