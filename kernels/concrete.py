@@ -35,11 +35,13 @@ def all_pairs(x: ArrayLike, k: int, metric: pairs.Metric, include_self: bool) ->
     rows, _ = scaled.prepare(x, x, metric, one_scale=True)
     groups = duplicates.group(rows.values, np.asarray(rows.valid))
     count = len(groups.first)
-    ranks = np.full((count, k), ranking.EMPTY)
+    # A row with copies finds its own group, and may be the one of it that is dropped.
+    sought = k + (not include_self and bool((groups.size > 1).any()))
+    ranks = np.full((count, sought), ranking.EMPTY)
     proved = np.ones(count, bool)
     alone = (groups.size == 1) & (not include_self)
     parts = np.array_split(np.arange(count), -(-count // PANEL) or 1)
-    with panels.setting(rows.values, k, metric) as chosen:
+    with panels.setting(rows.values, sought, metric) as chosen:
         done: list[panels.Panel] = []
         for part in parts if count else []:
             side = panels.panel(rows.values, groups.first[part], chosen)
@@ -57,7 +59,7 @@ def all_pairs(x: ArrayLike, k: int, metric: pairs.Metric, include_self: bool) ->
         excluded = np.where(alone, groups.first, -1)
         _complete(ranks, proved, groups, excluded, rows, rows, groups, chosen)
     return _expanded(
-        ranks, proved, rows, rows, groups, groups, metric, not include_self
+        ranks, proved, rows, rows, groups, groups, k, metric, not include_self
     )
 
 
@@ -82,7 +84,7 @@ def nearest(queries: ArrayLike, keys: ArrayLike, k: int, metric: pairs.Metric) -
                 _merge(ranks, proved, own, found)
         nobody = np.full(len(mine.first), -1)
         _complete(ranks, proved, mine, nobody, rows, others, theirs, chosen)
-    return _expanded(ranks, proved, rows, others, mine, theirs, metric)
+    return _expanded(ranks, proved, rows, others, mine, theirs, k, metric)
 
 
 def cross(
@@ -131,7 +133,7 @@ def cross(
     lists = [
         _expanded(
             *(ranks[me], proved[me], sides[me], sides[1 - me]),
-            *(groups[me], groups[1 - me], metric),
+            *(groups[me], groups[1 - me], k, metric),
         )
         for me in (0, 1)
     ]
@@ -191,10 +193,10 @@ def _complete(ranks, proved, groups, excluded, rows, keys, key_groups, chosen):
 
 
 def _expanded(
-    ranks, proved, rows, keys, row_groups, key_groups, metric, drop_self=False
+    ranks, proved, rows, keys, row_groups, key_groups, k, metric, drop_self=False
 ) -> Lists:
     """Neighbours of all rows among all keys, from those of and among distinct ones."""
-    n, k = len(row_groups.of_row), ranks.shape[1]
+    n = len(row_groups.of_row)
     exponent = None
     if metric != "cosine":
         # All keys share one exponent; without keys there is nothing to scale.
@@ -202,7 +204,7 @@ def _expanded(
     scores, indices = np.empty((n, k), np.float32), np.empty((n, k), np.int32)
     for start in range(0, n, _CHUNK):
         ids = np.arange(start, min(start + _CHUNK, n))
-        full = _of_rows(ranks, ids, row_groups, key_groups, drop_self)
+        full = _of_rows(ranks, ids, row_groups, key_groups, k, drop_self)
         closeness, indices[ids] = ranking.decode(full)
         value = -closeness if metric == "l2" else closeness
         if exponent is not None:
@@ -215,11 +217,10 @@ def _expanded(
     return Lists(scores, indices, unproved)
 
 
-def _of_rows(ranks, ids, row_groups, key_groups, drop_self) -> np.ndarray:
+def _of_rows(ranks, ids, row_groups, key_groups, k, drop_self) -> np.ndarray:
     """The k first ranks of the rows `ids`, copies of keys among them."""
-    k = ranks.shape[1]
     group = row_groups.of_row[ids]
-    full = np.full((len(ids), k), ranking.EMPTY)
+    full = np.full((len(ids), ranks.shape[1]), ranking.EMPTY)
     full[group >= 0] = ranks[group[group >= 0]]
     if (key_groups.size > 1).any():
         full = duplicates.spread(full, key_groups, k + drop_self)

@@ -84,7 +84,8 @@ def spread(ranks: np.ndarray, groups: Groups, width: int) -> np.ndarray:
     """Ranks of all keys from ranks of the first of each group: `[n, width]`, sorted.
 
     A group enters whole, as far as there is room; among equally close groups the
-    lower ids enter, whichever group they are from.
+    lower ids enter, whichever group they are from. For that `ranks` holds as many
+    groups as there is room for keys, or all of them.
     """
     closeness, ids = ranking.decode(ranks)
     group = groups.of_row[np.maximum(ids, 0)]

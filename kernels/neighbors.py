@@ -63,6 +63,13 @@ def nearest_neighbors(
     k returned are the true ones within the rounding of that sum,
     `1.01 (d + 6) 2**-24 |x| |y|` (with `(|x| + |y|)**2` for l2), proved row by row.
 
+    Entries share a power-of-two scale, and what is far below the largest of them
+    underflows. With X and Y the largest |entry| of finite queries and keys, l2 may err
+    by another `d 2**-223 max(X, Y)**2`, and dot by `d 2**-223 X Y` and
+    `2**-175 sum_i (Y |x_i| + X |y_i|)`: rows closer than about 4e-34 of the largest
+    entry have distance 0 and rank by index. Subnormal entries and scores (below
+    2**-126) may count as zero, whatever the metric.
+
     Args:
       queries: `[n, d]`, floating (float64 is rounded to float32).
       keys: `[m, d]`, floating.
@@ -120,7 +127,8 @@ def all_pairs_neighbors(
 
     As `nearest_neighbors(x, x, ...)`; without `include_self` a row is not among its
     own neighbours (a copy of it elsewhere is). With a `mesh` of P devices each
-    multiplies its rows with those of (P + 1) / 2 devices, and not with all.
+    multiplies its rows with those of (P + 1) / 2 devices, and not with all. Scores err
+    as there, with X = Y the largest finite |entry| of `x`.
 
     Raises:
       ValueError: an argument has the wrong shape, dtype or value.
@@ -156,7 +164,8 @@ def cross_neighbors(
 
     `best_a` and `best_b` are the k `Neighbors` that each row has from elsewhere. What
     could not enter them may be left out of the result (those slots stay empty), which
-    spares most of the work: merge the two with `merge_neighbors`.
+    spares "streamed" most of the work ("traced" leaves nothing out): merge the two with
+    `merge_neighbors`.
 
     Raises:
       ValueError: an argument has the wrong shape, dtype or value.
@@ -346,8 +355,20 @@ def _traced_all_pairs(x, *, k, metric, include_self, named):
 
 
 def _traced_cross(a, b, best_a, best_b, *, k, metric, named):
-    knobs = {"k": k, "metric": metric, "named": named}
-    return _traced_nearest(a, b, **knobs)[0], _traced_nearest(b, a, **knobs)[0]
+    del best_a, best_b, named  # a trace has one shape of work, whatever they hold
+    return _traced_both(a, b, k=k, metric=metric)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "metric"))
+def _traced_both(a, b, *, k, metric):
+    if a.shape[0] == 0 or b.shape[0] == 0:
+        return tuple(
+            Neighbors(jnp.full((n, k), jnp.nan), jnp.full((n, k), -1, jnp.int32))
+            for n in (a.shape[0], b.shape[0])
+        )
+    x, y = pairs.prepare(a, b, metric, one_scale=True)
+    of_a, of_b = topk.search_both(x, y, k=k, metric=metric)
+    return _scored(x, y, of_a.indices, metric), _scored(y, x, of_b.indices, metric)
 
 
 def _visited(queries, keys, block, *, metric, mesh, **knobs):

@@ -133,6 +133,31 @@ def test_more_copies_than_k_are_found_in_order(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("include_self", [True, False])
+def test_a_copy_ties_with_a_lower_id_that_is_no_copy(rng, include_self, implementation):
+    # Under cosine a slope of 2**-13 vanishes from the length, and under dot a column
+    # the query lacks from the product: scores of exactly 1, whatever the order of sums.
+    x = np.zeros((60, 4), np.float32)
+    x[:, 2:] = rng.normal(size=(60, 2))
+    for metric, other in (("cosine", 2.0**-13), ("dot", 3.0)):
+        for query, near, copy in ((2, 7, 30), (30, 7, 2), (40, 7, 30), (7, 30, 40)):
+            rows = x.copy()
+            rows[[query, copy]] = [1, 0, 0, 0]
+            rows[near] = [1, other, 0, 0]
+            same = sorted([near, copy] + [query] * include_self)
+            for k in (1, 2, 3):
+                found = kernels.all_pairs_neighbors(
+                    rows,
+                    k=k,
+                    metric=metric,
+                    include_self=include_self,
+                    implementation=implementation,
+                )
+                assert found.indices[query, : len(same)].tolist() == same[:k]
+                assert (found.scores[query, : len(same)] == 1).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_rows_that_are_not_numbers_are_nobodys_neighbour(rng, metric, implementation):
     x = rng.normal(size=(60, 6)).astype(np.float32)
@@ -162,6 +187,43 @@ def test_huge_and_tiny_rows_neither_overflow_nor_vanish(
         x, k=9, metric=metric, implementation=implementation
     )
     assert_same(found, x, x, 9, metric, excluded=np.arange(200))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+@pytest.mark.parametrize("tiny", [1e-17, 1e-14])
+def test_beside_huge_rows_the_stated_bound_holds(rng, metric, tiny, implementation):
+    d, k = 8, 9
+    x = rng.normal(size=(120, d)).astype(np.float32) * np.float32(tiny)
+    x[1::3] *= np.float32(1e10)
+    x[50] *= np.float32(1e17 / tiny / np.abs(x[50]).max())
+    found = kernels.all_pairs_neighbors(
+        x, k=k, metric=metric, implementation=implementation
+    )
+    scores, indices = (np.asarray(part) for part in found)
+    close = oracles.closeness(x, x, metric)
+    np.fill_diagonal(close, -np.inf)
+    sign = -1 if metric == "l2" else 1
+    wide = x.astype(np.float64)
+    length = np.linalg.norm(wide, axis=1)
+    top = np.abs(wide).max()
+    if metric == "l2":
+        size, lost = np.add.outer(length, length) ** 2, 0
+    else:
+        size, total = np.outer(length, length), np.abs(wide).sum(axis=1)
+        lost = 2.0**-175 * top * np.add.outer(total, total)
+    vanished = d * 2.0**-223 * top**2 + 2.0**-126
+    bound = 1.01 * (d + 6) * 2.0**-24 * size + lost + vanished
+    true = np.take_along_axis(close, indices, axis=1)
+    assert (np.abs(sign * scores - true) <= np.take_along_axis(bound, indices, 1)).all()
+    # Who was left out is no closer than the last, but for what both may err by.
+    last = true[:, -1:] + np.take_along_axis(bound, indices[:, -1:], axis=1)
+    out = close - bound
+    np.put_along_axis(out, indices, -np.inf, axis=1)
+    assert (out <= last).all()
+    if metric == "l2":
+        # The statement is no excuse: what vanishes is 1e-17 beside 1e17, not 1e-14.
+        assert (scores == 0).any() == (tiny == 1e-17)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -438,6 +500,26 @@ def test_panels_brought_together_are_the_whole(rng, metric, implementation):
             parts.append(kernels.merge_neighbors(*shifted, metric=metric))
         whole = (np.concatenate(pair) for pair in zip(*parts))
         assert_same(whole, x, x, 12, metric, np.arange(700))
+
+
+def test_both_directions_of_a_trace_share_one_product(rng, monkeypatch):
+    products, multiply = [], pairs.tile_closeness
+
+    def counted(*operands):
+        jax.debug.callback(lambda: products.append(1))
+        return multiply(*operands)
+
+    monkeypatch.setattr(pairs, "tile_closeness", counted)
+    a, b = (rng.normal(size=(n, 3)).astype(np.float32) for n in (37, 23))
+    found = kernels.cross_neighbors(a, b, k=4, metric="dot", implementation="traced")
+    jax.block_until_ready(found)
+    jax.effects_barrier()
+    assert len(products) == 1
+    assert_same(found[0], a, b, 4, "dot")
+    assert_same(found[1], b, a, 4, "dot")
+    none = kernels.cross_neighbors(a, b[:0], k=4, implementation="traced")
+    assert none[0].indices.tolist() == [[-1] * 4] * 37
+    assert none[1].indices.shape == none[1].scores.shape == (0, 4)
 
 
 def test_a_second_search_compiles_nothing(rng):
