@@ -145,7 +145,7 @@ def test_a_copy_ties_with_a_lower_id_that_is_no_copy(rng, include_self, implemen
             rows[[query, copy]] = [1, 0, 0, 0]
             rows[near] = [1, other, 0, 0]
             same = sorted([near, copy] + [query] * include_self)
-            for k in (1, 2, 3):
+            for k in (1, 2):
                 found = kernels.all_pairs_neighbors(
                     rows,
                     k=k,
@@ -196,7 +196,7 @@ def test_beside_huge_rows_the_stated_bound_holds(rng, metric, tiny, implementati
     d, k = 8, 9
     x = rng.normal(size=(120, d)).astype(np.float32) * np.float32(tiny)
     x[1::3] *= np.float32(1e10)
-    x[50] *= np.float32(1e17 / tiny / np.abs(x[50]).max())
+    x[50] = 1e17 * rng.normal(size=d)
     found = kernels.all_pairs_neighbors(
         x, k=k, metric=metric, implementation=implementation
     )
