@@ -177,17 +177,78 @@ def damaged(path, kind):
         (path / "documents.npy").unlink()
     elif kind == "pickle":
         np.save(path / "tokens.npy", np.array([{}]), allow_pickle=True)
+    elif kind == "longer":
+        np.save(path / "tokens.npy", np.append(np.load(path / "tokens.npy"), 1))
+    elif kind == "dtype":
+        np.save(path / "tokens.npy", np.load(path / "tokens.npy").astype(np.int16))
+    elif kind in ("largest", "words"):
+        record = json.loads((path / "tokens.json").read_text())
+        record["largest"] = {"largest": 97, "words": "many"}[kind]
+        (path / "tokens.json").write_text(json.dumps(record))
+    elif kind == "list":
+        (path / "tokens.json").write_text("[]")
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["cut", "record", "no record", "boundaries", "sizes", "missing", "pickle"],
+    [
+        *("cut", "record", "no record", "boundaries", "sizes", "missing", "pickle"),
+        *("longer", "dtype", "largest", "words", "list"),
+    ],
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path, rng, kind):
     training.write_tokens(tmp_path / "t", documents_of(rng), vocabulary_size=97)
     damaged(tmp_path / "t", kind)
     with pytest.raises((ValueError, OSError), match=str(tmp_path / "t")):
         training.open_tokens(tmp_path / "t")
+
+
+def changed(path, name, place, value):
+    array = np.load(path / name)
+    array[place] = value
+    np.save(path / name, array)
+
+
+@pytest.mark.parametrize(
+    "name, place, value",
+    [
+        ("tokens.npy", 5, 3),  # another token, as good as any
+        ("tokens.npy", 5, 65_000),  # beyond the vocabulary
+        ("documents.npy", 2, 7),  # another boundary, ascending all the same
+        ("targets.npy", 5, False),
+        ("tokens.json", "largest", 96),  # of the vocabulary, but not the file's
+        ("tokens.json", "checksum", "0"),
+    ],
+)
+def test_what_an_opened_file_does_not_show_is_found_before_a_run(
+    tmp_path, name, place, value
+):
+    documents = [training.Document([k, 1, 2, 4, 6], [True] * 5) for k in range(9)]
+    file = training.write_tokens(tmp_path / "t", documents, vocabulary_size=97)
+    training.verify_tokens(file)
+    if name == "tokens.json":
+        record = json.loads((tmp_path / "t" / name).read_text())
+        (tmp_path / "t" / name).write_text(json.dumps({**record, place: value}))
+    else:
+        changed(tmp_path / "t", name, place, value)
+    file = training.open_tokens(tmp_path / "t")
+    with pytest.raises(
+        ValueError, match=f"{tmp_path / 't'} is damaged.*Write it again"
+    ):
+        training.verify_tokens(file)
+
+
+def test_no_batch_holds_a_token_beyond_the_record(tmp_path):
+    path = tmp_path / "t"
+    training.write_tokens(path, [[1, 2, 3], [4, 5, 6]], vocabulary_size=70_000)
+    changed(path, "tokens.npy", 4, 2**32 - 1)
+    file = training.open_tokens(path)
+    for batches in (
+        packing.training_batches(file, rows=2, length=6, seed=0),
+        packing.evaluation_batches(file, rows=2, length=6),
+    ):
+        with pytest.raises(ValueError, match="holds token 4294967295.* 6 is the larg"):
+            next(batches)
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,22 @@ def test_olmo_s_schedule_gives_its_rates_at_its_steps():
     assert training.OLMO.batch * training.OLMO.length * 1000 == 4_194_304_000
 
 
+def test_olmo_s_optimiser_is_that_of_its_published_config():
+    """OLMo-1B.yaml and, for epsilon, the default in olmo/config.py (v0.5.1)."""
+    found = training.OLMO
+    assert (found.learning_rate, found.beta1, found.beta2) == (4e-4, 0.9, 0.95)
+    assert (found.epsilon, found.weight_decay, found.clip) == (1e-5, 0.1, 1.0)
+    assert (found.warmup_steps, found.final_rate) == (2000, 0.1)
+    # A first step moves a parameter by its gradient's share g / (|g| + epsilon).
+    names, gradient = ["block.kernel"], 1e-5
+    step = recipe.optimizer(found._replace(clip=None), names)
+    weights = {"block.kernel": jnp.zeros(1)}
+    moved, _ = step.update(
+        {"block.kernel": jnp.full(1, gradient)}, step.init(weights), weights
+    )
+    np.testing.assert_allclose(moved["block.kernel"], 0.5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -430,6 +446,28 @@ def test_text_without_a_target_is_refused(tmp_path):
     lone = training.write_tokens(tmp_path / "lone", [[5], [6]], vocabulary_size=97)
     with pytest.raises(ValueError, match="no token to predict"):
         training.evaluate(new_model(), lone, RECIPE)
+
+
+def test_a_damaged_token_file_is_refused_when_a_run_begins(tmp_path):
+    path = tmp_path / "tokens"
+    good, other = (
+        training.write_tokens(p, training_run.documents(), vocabulary_size=97)
+        for p in (path, tmp_path / "other")
+    )
+    run(new_model(), good, tmp_path / "before", RECIPE._replace(steps=7))
+    tokens = np.load(path / "tokens.npy")
+    tokens[100] = (tokens[100] + 1) % 97
+    np.save(path / "tokens.npy", tokens)
+    damaged = training.open_tokens(path)
+    for begin in (
+        lambda: run(new_model(), damaged, tmp_path / "run"),
+        lambda: run(new_model(), other, tmp_path / "r", evaluations={"all": damaged}),
+        lambda: training.evaluate(new_model(), damaged, RECIPE),
+    ):
+        with pytest.raises(ValueError, match="tokens is damaged"):
+            begin()
+    # A run that is resumed is not kept waiting.
+    run(new_model(), damaged, tmp_path / "before", RECIPE._replace(steps=7))
 
 
 def test_tokens_and_devices_have_to_fit(file, tmp_path):

@@ -21,6 +21,7 @@ from .loop import train as train
 from .packing import Document as Document
 from .packing import TokenFile as TokenFile
 from .packing import open_tokens as open_tokens
+from .packing import verify_tokens as verify_tokens
 from .packing import write_tokens as write_tokens
 from .recipe import OLMO as OLMO
 from .recipe import Recipe as Recipe

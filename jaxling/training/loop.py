@@ -88,9 +88,10 @@ def evaluate(
     `batch / accumulate` rows are run at a time.
 
     Raises:
-      ValueError: model, data and recipe do not fit together.
+      ValueError: model, data and recipe do not fit together, or the file is damaged.
     """
     check(model, {"evaluation": file}, recipe, mesh)
+    packing.verify_tokens(file)
     frame, parameters = steps.take_apart(model)
     return _evaluate(frame, steps.place(parameters, mesh), file, recipe, mesh)
 
@@ -138,6 +139,7 @@ def train(
     same device it gives the same losses to the last bit as a run that was never
     interrupted: the order of the documents follows from (seed, epoch), and nothing
     else is random. A snapshot is kept only when the step after it had a finite loss.
+    Token files are verified when a run begins, not when it is resumed.
 
     Args:
       model: a decoder of `jaxling.models`; float32 parameters are what is trained, and
@@ -153,8 +155,8 @@ def train(
       progress: show a bar with loss, tokens per second and time left.
 
     Raises:
-      ValueError: the arguments do not fit together, `workdir` holds another run, or
-        all of its snapshots are damaged.
+      ValueError: the arguments do not fit together, `workdir` holds another run, all of
+        its snapshots are damaged, or a token file is.
       Diverged: a loss is not finite; the message names the last good snapshot.
     """
     files = dict(evaluations or {})
@@ -176,7 +178,10 @@ def train(
     try:
         done, position = 0, packing.BEGINNING
         found = saved.restore()
-        if found is not None:
+        if found is None:
+            for each in (file, *files.values()):
+                packing.verify_tokens(each)
+        else:
             _check_identity(workdir, found.record["identity"], identity)
             state = snapshots.like(state, found.arrays)
             done, position = found.step, Position(*found.record["position"])

@@ -5,9 +5,12 @@ A token file is a directory of memory-mapped arrays:
     tokens.npy     [token] uint16 or uint32, all documents one after another
     documents.npy  [document + 1] int64, where each document begins; the last is the end
     targets.npy    [token] bool, which tokens count in the loss (absent: all of them)
-    tokens.json    sizes, vocabulary and a checksum
+    tokens.json    sizes, vocabulary, largest token and checksums
 
-A plain `.npy` file of token ids is read too, as one stream without documents.
+Sizes and headers are looked at whenever the file is opened, and no batch holds a token
+above the largest; `verify_tokens` reads everything once, before a run begins. A plain
+`.npy` file of token ids is read too, as one stream without documents. It has no record,
+and so is read through when it is opened.
 """
 
 import json
@@ -34,7 +37,7 @@ class TokenFile(NamedTuple):
     documents: np.ndarray  # [document + 1]
     targets: np.ndarray | None  # [token]
     largest: int  # the largest token id
-    fingerprint: str
+    fingerprint: str  # sizes and checksums
 
 
 class Document(NamedTuple):
@@ -85,7 +88,8 @@ def write_tokens(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     dtype = np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.uint32)
-    begins, largest, checksum, chosen = [0], -1, 0, False
+    begins, largest, chosen = [0], -1, False
+    of_tokens, of_targets = 0, 0
     # Raw first, as the headers of .npy files need the sizes.
     with open(partial / "t", "wb") as tokens_file, open(partial / "m", "wb") as masks:
         for number, document in enumerate(documents):
@@ -110,7 +114,8 @@ def write_tokens(
                 )
             largest = max(largest, high)
             raw = ids.astype(dtype).tobytes()
-            checksum = zlib.crc32(mask.tobytes(), zlib.crc32(raw, checksum))
+            of_tokens = zlib.crc32(raw, of_tokens)
+            of_targets = zlib.crc32(mask.tobytes(), of_targets)
             tokens_file.write(raw)
             masks.write(mask.tobytes())
             begins.append(begins[-1] + len(ids))
@@ -129,7 +134,9 @@ def write_tokens(
         "targets": chosen,
         "largest": largest,
         "vocabulary_size": vocabulary_size,
-        "checksum": f"{zlib.crc32(boundaries.tobytes(), checksum):08x}",
+        "checksum": _joined(
+            of_tokens, zlib.crc32(boundaries.tobytes()), of_targets if chosen else 0
+        ),
     }
     (partial / "tokens.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     if path.exists():
@@ -147,8 +154,15 @@ def _raw_to_npy(raw: pathlib.Path, path: pathlib.Path, dtype: np.dtype, size: in
     raw.unlink()
 
 
+def _joined(*checksums: int) -> str:
+    return " ".join(f"{checksum:08x}" for checksum in checksums)
+
+
 def open_tokens(path: str | os.PathLike) -> TokenFile:
     """Opens a token file (a directory of `write_tokens`, or one `.npy` of ids).
+
+    Of a directory only sizes, headers and boundaries are read, and `verify_tokens`
+    reads the rest.
 
     Raises:
       OSError: there is no such file.
@@ -169,23 +183,38 @@ def open_tokens(path: str | os.PathLike) -> TokenFile:
             )
         try:
             record = json.loads((path / "tokens.json").read_text("utf-8"))
-            sizes = record["tokens"], record["documents"], record["largest"]
+            sizes = [record[n] for n in ("tokens", "documents", "largest")]
             chosen, checksum = record["targets"], record["checksum"]
+            if not all(type(size) is int for size in sizes):
+                raise ValueError(f"sizes must be whole numbers, not {sizes}")
+            if not 0 <= sizes[2] < record["vocabulary_size"]:
+                raise ValueError(
+                    f"the largest token {sizes[2]} is outside of its own"
+                    f" vocabulary of {record['vocabulary_size']}"
+                )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path / 'tokens.json'} is damaged: {error!r}.") from None
         tokens, documents = _map(path / "tokens.npy"), _map(path / "documents.npy")
         targets = _map(path / "targets.npy") if chosen else None
-        if (len(tokens), len(documents) - 1) != sizes[:2]:
+        if (len(tokens), len(documents) - 1) != tuple(sizes[:2]):
             raise ValueError(
                 f"{path} is damaged: it should hold {sizes[0]} tokens of {sizes[1]}"
                 f" documents and holds {len(tokens)} of {len(documents) - 1}."
+            )
+        dtypes = (tokens.dtype, documents.dtype, getattr(targets, "dtype", bool))
+        if dtypes[0] not in (np.uint16, np.uint32) or dtypes[1:] != (np.int64, bool):
+            raise ValueError(
+                f"{path} is damaged: tokens.npy must hold uint16 or uint32,"
+                " documents.npy int64 and targets.npy bool; they hold"
+                f" {', '.join(map(str, dtypes))}."
             )
     if tokens.dtype.kind not in "iu":
         raise ValueError(f"{path} must hold integers; it holds {tokens.dtype}.")
     if len(tokens) == 0:
         raise ValueError(f"{path} holds no token.")
     if (
-        documents[0] != 0
+        len(documents) < 2
+        or documents[0] != 0
         or documents[-1] != len(tokens)
         or np.any(np.diff(documents) <= 0)
         or (targets is not None and len(targets) != len(tokens))
@@ -200,6 +229,28 @@ def open_tokens(path: str | os.PathLike) -> TokenFile:
         largest = sizes[2]
     fingerprint = f"{len(tokens)} tokens, {len(documents) - 1} documents, {checksum}"
     return TokenFile(path, tokens, documents, targets, largest, fingerprint)
+
+
+def verify_tokens(file: TokenFile) -> None:
+    """Reads a token file through and compares it with its record.
+
+    Raises:
+      ValueError: it is not what was written.
+    """
+    largest, of_tokens = _scan(file.path, file.tokens)
+    checksum = of_tokens
+    if file.path.is_dir():
+        boundaries = _scan(file.path, file.documents)[1]
+        masks = (
+            "00000000" if file.targets is None else _scan(file.path, file.targets)[1]
+        )
+        checksum = f"{of_tokens} {boundaries} {masks}"
+    if largest != file.largest or not file.fingerprint.endswith(f", {checksum}"):
+        raise ValueError(
+            f"{file.path} is damaged, or not all of it is of one file: its record has"
+            f" {file.fingerprint}, largest token {file.largest}; it holds checksums"
+            f" {checksum}, largest token {largest}. Write it again."
+        )
 
 
 def _map(path: pathlib.Path) -> np.ndarray:
@@ -308,6 +359,17 @@ def _fill(file: TokenFile, plan: _Plan, row: int, batch: Batch, at: int) -> None
         begin = end
 
 
+def _checked(batch: Batch, file: TokenFile) -> Batch:
+    # Seen as unsigned, what 32 bits do not hold as a positive number is large too.
+    largest = int(batch.tokens.view(np.uint32).max())
+    if largest > file.largest:
+        raise ValueError(
+            f"{file.path} is damaged: it holds token {largest}, and its record says"
+            f" that {file.largest} is the largest. Write it again."
+        )
+    return batch
+
+
 def _empty(rows: int, length: int) -> Batch:
     shape = (rows, length)
     return Batch(
@@ -344,7 +406,7 @@ def training_batches(
                 plan = plan if seed is None else plan_of(epoch)
             _fill(file, plan, row, batch, at)
             row += 1
-        yield batch, Position(epoch, row)
+        yield _checked(batch, file), Position(epoch, row)
 
 
 def evaluation_batches(file: TokenFile, *, rows: int, length: int) -> Iterator[Batch]:
@@ -355,4 +417,4 @@ def evaluation_batches(file: TokenFile, *, rows: int, length: int) -> Iterator[B
         batch = _empty(rows, length)
         for at in range(min(rows, total - begin)):
             _fill(file, plan, begin + at, batch, at)
-        yield batch
+        yield _checked(batch, file)

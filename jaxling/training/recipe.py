@@ -41,8 +41,10 @@ class Recipe(NamedTuple):
     seed: int | None = 0  # of the order of the documents; None: as in the file
 
 
-# configs/official/OLMo-1B.yaml of allenai/OLMo, and where `semantic pivot`
-# pre-training enters its schedule: https://arxiv.org/abs/2402.00838, table 6.
+# configs/official/OLMo-1B.yaml of allenai/OLMo v0.5.1, and where `semantic pivot`
+# pre-training enters its schedule. The file leaves epsilon and what decays to the
+# defaults of `OptimizerConfig` in olmo/config.py: 1e-5, neither norms, biases nor
+# embeddings. (Its warm-up, long past at `first_step`, begins at a tenth of the rate.)
 OLMO = Recipe(
     steps=1000,
     batch=2048,
@@ -51,6 +53,7 @@ OLMO = Recipe(
     warmup_steps=2000,
     decay_steps=739_328,
     first_step=605_000,
+    epsilon=1e-5,
     weight_decay=0.1,
     dtype="bfloat16",
     document_mask=False,
