@@ -13,18 +13,19 @@ weights (`--config`, a Hugging Face config.json). The text is a file with one do
 line (`--documents`), tokenised with the tokenizer of `--init`, or a token file made by
 `jaxling.training.write_tokens` (`--tokens`). The same command resumes a run that was
 killed, at its newest snapshot. The workdir holds metrics.jsonl (loss, gradient norm,
-learning rate of every step), loss.png, and model/, which transformers opens.
+learning rate of every step), loss.png, and model/, which transformers opens; the
+tokenizer is in it too, but with `--config` and `--tokens` alone, where none is known.
 
-`--recipe=olmo` is OLMo-1B's (AdamW 4e-4, betas .9 and .95, weight decay .1, warm-up
-2,000, cosine to a tenth at step 739,328, clipping at 1, 2,048 x 2,048 tokens a step,
-bfloat16 products), entered at step 605,000 for 1,000 steps as the pivot-aware
-pre-training of He et al., 2025, https://arxiv.org/abs/2505.16385, was; any other flag
-changes that one setting of the recipe.
+`--recipe=olmo` is OLMo-1B's (configs/official/OLMo-1B.yaml of allenai/OLMo v0.5.1:
+AdamW 4e-4, betas .9 and .95, epsilon 1e-5, weight decay .1, warm-up 2,000, cosine to a
+tenth at step 739,328, clipping at 1, 2,048 x 2,048 tokens a step, bfloat16 products),
+entered at step 605,000 for 1,000 steps as the pivot-aware pre-training of He et al.,
+2025, https://arxiv.org/abs/2505.16385, was; any other flag changes that one setting of
+the recipe.
 """
 
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ import numpy as np
 import transformers
 from absl import flags
 
-from jaxling import checkpoints, demo, models, training
+from jaxling import checkpoints, demo, models, tokenizer_files, training
 from jaxling.report import plots, tables
 
 from . import common
@@ -105,14 +106,20 @@ def main(argv: list[str]) -> None:
     del argv
     recipe = recipe_of_flags()
     start = _INIT.value or common.MODEL.value
-    directory = checkpoints.locate(start)
+    tokenizer_of = None
+    # Tokens of a file for random weights may be anyone's; else they are the start's.
+    if _INIT.value or not (_CONFIG.value and _TOKENS.value):
+        tokenizer_of = checkpoints.locate(
+            start, common.REVISION.value, tokenizer_files.FILES
+        )
     if _CONFIG.value:
         config = json.loads(pathlib.Path(_CONFIG.value).read_text("utf-8"))
         model = models.build(config, jax.random.key(common.SEED.value))
+        _check_tokenizer(tokenizer_of, model)
     else:
-        model = models.load(start, dtype="float32")
+        model = models.load(start, revision=common.REVISION.value, dtype="float32")
     run = common.begin("pretrain", {"model": model.config})
-    train_file, held_out = _data(run.workdir, directory, model)
+    train_file, held_out = _data(run.workdir, tokenizer_of)
     mesh = None
     if _DATA_PARALLEL.value:
         mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
@@ -134,8 +141,7 @@ def main(argv: list[str]) -> None:
     models.save(model, exported)
     if _SAVE_DTYPE.value != "float32":
         models.save(models.load(exported, dtype=_SAVE_DTYPE.value), exported)
-    for file in directory.glob("*token*"):
-        shutil.copyfile(file, exported / file.name)
+    files = _export_tokenizer(tokenizer_of, exported)
     steps, losses = training.loss_curve(run.workdir)
     plots.save_curves(
         run.workdir / "loss.png",
@@ -155,7 +161,8 @@ def main(argv: list[str]) -> None:
     )
     print(
         f"\n{outcome.tokens_per_second:,.0f} tokens/s. Losses in {run.workdir}"
-        f"/metrics.jsonl and loss.png; the model in {exported}."
+        f"/metrics.jsonl and loss.png; the model in {exported}"
+        + (f", with {', '.join(files)}." if files else ", without a tokenizer.")
     )
     common.finish(
         run,
@@ -198,7 +205,34 @@ def recipe_of_flags(**demo_settings: Any) -> training.Recipe:
     return recipe
 
 
-def _data(workdir: pathlib.Path, directory: pathlib.Path, model):
+def _open_tokenizer(folder: pathlib.Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+
+
+def _check_tokenizer(folder: pathlib.Path | None, model: models.Model) -> None:
+    """Raises ValueError where a config's vocabulary is too small for the tokenizer."""
+    size = model.unembed_matrix.shape[0]
+    if folder and len(_open_tokenizer(folder)) > size:
+        raise ValueError(
+            f"The tokenizer of {folder} has {len(_open_tokenizer(folder))} tokens; the"
+            f" vocabulary of --config={_CONFIG.value} has {size}."
+        )
+
+
+def _export_tokenizer(folder: pathlib.Path | None, to: pathlib.Path) -> list[str]:
+    """Puts the tokenizer beside the exported model; the names of its files."""
+    if folder is None:
+        return []
+    if not _CONFIG.value:
+        return tokenizer_files.copy(folder, to)
+    # The config.json here is of another model, and names the class no longer.
+    written = _open_tokenizer(folder).save_pretrained(to)
+    return sorted({pathlib.Path(path).name for path in written})
+
+
+def _data(workdir: pathlib.Path, tokenizer_of: pathlib.Path | None):
     """The token file to train on, and those to evaluate on by name."""
     if _TOKENS.value and _TEXT.value:
         raise ValueError("Give --documents or --tokens, not both.")
@@ -210,7 +244,7 @@ def _data(workdir: pathlib.Path, directory: pathlib.Path, model):
         return training.open_tokens(_TOKENS.value), held_out
     parts = {"train": workdir / "tokens", "held out": workdir / "held_out_tokens"}
     if not all(path.exists() for path in parts.values()):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        tokenizer = _open_tokenizer(tokenizer_of)
         if _TEXT.value:
             texts = list(training.lines_of(_TEXT.value))
         else:

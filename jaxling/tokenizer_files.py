@@ -7,20 +7,25 @@ the tokens mean to people is the business of `vocabulary`.
 
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-FILES = (
+# As transformers names them for the families that are handled.
+_OWN = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
-    "*.model",
-    "config.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
 )
+FILES = (*_OWN, "config.json")  # whose model_type may be all that names a class
 _LARGEST_ID = 2**24  # no vocabulary is near it; a damaged file may name any number
 
 
@@ -75,6 +80,21 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
     found.no_padding()
     found.no_truncation()
     return found
+
+
+def copy(folder: pathlib.Path, to: pathlib.Path) -> list[str]:
+    """Copies the tokenizer's files beside a model of the same kind; says which.
+
+    There are none where `folder` has no tokenizer. `to` holds no other tokenizer
+    afterwards.
+    """
+    names = [name for name in _OWN if (folder / name).is_file()]
+    if not folder.samefile(to):
+        for name in _OWN:
+            (to / name).unlink(missing_ok=True)
+        for name in names:
+            shutil.copyfile(folder / name, to / name)
+    return names
 
 
 def _checked(pieces: Pieces, path: pathlib.Path) -> Pieces:

@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
+import transformers
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
@@ -92,6 +94,102 @@ def test_weights_are_exported_in_the_dtype_asked_for(config, tokens, tmp_path):
         np.testing.assert_array_equal(
             exact.astype(ml_dtypes.bfloat16), found["bfloat16"][name]
         )
+
+
+TEXTS = ["In the beginning was the Word", "and the Word was with God"]
+
+
+def gpt2_files(folder):
+    """vocab.json and merges.txt alone, as old checkpoints have them."""
+    pieces = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pieces.pre_tokenizer.alphabet(),
+        show_progress=False,
+    )
+    pieces.train_from_iterator(TEXTS * 20, trainer)
+    pieces.model.save(str(folder))
+    return {"vocab.json", "merges.txt"}
+
+
+def sentencepiece_files(folder):
+    """tokenizer.model alone."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=40,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    return {"tokenizer.model"}
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def start(request, tmp_path):
+    """A checkpoint, and the files of its tokenizer."""
+    folder = tmp_path / "start"
+    config = {**CONFIG, "vocab_size": 300}
+    if request.param == "gpt2":
+        sizes = dict(n_embd=8, n_layer=1, n_head=2, n_positions=64)
+        config = dict(model_type="gpt2", vocab_size=300, **sizes)
+    models.save(models.build(config, jax.random.key(0)), folder)
+    (folder / "tokens.npy").write_bytes(b"no file of a tokenizer, though called so")
+    make = gpt2_files if request.param == "gpt2" else sentencepiece_files
+    return folder, make(folder)
+
+
+def ids_of(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer([*TEXTS, "é was the Word unseen"])["input_ids"]
+
+
+def files_of_models():
+    return {"config.json", "model.safetensors"}
+
+
+def test_the_tokenizer_goes_where_the_model_goes(start, tmp_path):
+    folder, files = start
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXTS * 50))
+    flags = dict(model=str(folder), documents=str(text), steps=1, rows=1, length=16)
+    with small(tmp_path, **flags):
+        pretrain.main([])
+    exported = tmp_path / "run" / "model"
+    assert {path.name for path in exported.iterdir()} == files | files_of_models()
+    assert ids_of(exported) == ids_of(folder)
+
+
+def test_random_weights_take_the_tokenizer_that_is_named(
+    start, config, tokens, tmp_path
+):
+    flags = dict(config=config, tokens=tokens, steps=1, rows=1)
+    exported = tmp_path / "run" / "model"
+    with small(tmp_path, init=str(start[0]), **flags):
+        pretrain.main([])
+    # The config is a Llama's, whatever the tokenizer was made for.
+    assert ids_of(exported) == ids_of(start[0])
+
+
+def test_random_weights_and_a_token_file_have_no_tokenizer(config, tokens, tmp_path):
+    with small(tmp_path, config=config, tokens=tokens, steps=1, rows=1):
+        pretrain.main([])
+    exported = tmp_path / "run" / "model"
+    assert {path.name for path in exported.iterdir()} == files_of_models()
+
+
+def test_a_tokenizer_beyond_the_config_is_refused(config, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXTS))
+    path = tmp_path / "narrow.json"
+    path.write_text(json.dumps({**CONFIG, "vocab_size": 12_287}))
+    with small(tmp_path, config=str(path), documents=str(text)):
+        with pytest.raises(ValueError, match="12288 tokens; the vocabulary of.*12287"):
+            pretrain.main([])
 
 
 @pytest.mark.parametrize(
