@@ -42,6 +42,9 @@ _SENTENCES = 64
 def main(argv: list[str]) -> None:
     """Trains on a corpus and its clone, measures, writes a table and a picture."""
     del argv
+    common.refuse(
+        ("model", "revision", "tensor"), "a tiny model of the clones is trained."
+    )
     size, seed = _WORDS.value, common.SEED.value
     for flag in (_SHARE, _PARALLEL):
         if not 0 <= flag.value <= 1:

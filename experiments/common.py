@@ -128,6 +128,13 @@ class Run(NamedTuple):
     started: float
 
 
+def refuse(names: Iterable[str], instead: str) -> None:
+    """Raises ValueError where a flag of `names` is given, which has no meaning here."""
+    for name in names:
+        if not flags.FLAGS[name].using_default_value:
+            raise ValueError(f"--{name} has no meaning here: {instead}")
+
+
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes `content` so that the file is either the old one or complete."""
     partial = path.with_name(path.name + ".partial")

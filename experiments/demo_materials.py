@@ -37,6 +37,10 @@ _TOKENS = flags.DEFINE_integer("materials_tokens", 100_000, "Tokens of documents
 def main(argv: list[str]) -> None:
     """Makes lexicon, tokenizer, first weights and documents; prints what they hold."""
     del argv
+    common.refuse(
+        ("model", "revision", "tensor"),
+        "the first weights are made; --materials_for says of which model.",
+    )
     if _TOKENS.value < 1:
         raise ValueError(f"--materials_tokens must be at least 1; got {_TOKENS.value}.")
     run = common.begin("demo_materials", {"text": "demo.verses, train"})

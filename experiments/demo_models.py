@@ -20,7 +20,7 @@ same language's training verses. `--items=0` and `--verses=0` take all; the card
 import numpy as np
 from absl import flags
 
-from jaxling import checkpoints, models
+from jaxling import checkpoints, models, vocabulary
 from jaxling.demo import evaluation, lexicons, tokenizer
 from jaxling.report import plots, tables
 
@@ -37,12 +37,19 @@ def main(argv: list[str]) -> None:
     """Ranks translations, measures verses and neighbours; writes a record."""
     del argv
     name = common.MODEL.value
+    pieces = tokenizer.packaged()
+    theirs = vocabulary.load_tokenizer(name, common.REVISION.value).get_vocab()
+    if theirs != pieces.get_vocab():
+        raise ValueError(
+            "Words and verses are measured in the tokens of the demo models, so --model"
+            f" must have their vocabulary; {name} has another, of {len(theirs)} tokens."
+            " For any model: python -m experiments.word_translation."
+        )
     checkpoint = checkpoints.open_checkpoint(name, common.REVISION.value)
     tensor = checkpoint.input_embeddings(common.TENSOR.value)
     inputs = {"tensor": {"name": tensor, "sha256": checkpoint.digest(tensor)}}
     run = common.begin("demo_models", inputs)
     model = models.load(name, revision=common.REVISION.value, dtype="float32")
-    pieces = tokenizer.packaged()
     rankings = {
         pair: evaluation.rank_translations(
             model,

@@ -123,7 +123,8 @@ def test_a_short_run_reports_every_measure(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--clone_share=1.5", "--parallel_share=-1", "--clone_words=1"]
+    "flag",
+    ["--clone_share=1.5", "--parallel_share=-1", "--clone_words=1", "--model=demo"],
 )
 def test_bad_flags_end_in_a_sentence(flag, tmp_path):
     done = run(flag, f"--workdir={tmp_path / 'run'}")

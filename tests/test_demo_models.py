@@ -11,9 +11,12 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags as absl_flags
+from absl.testing import flagsaver
 
 from jaxling import demo, models, training
 from jaxling.demo import evaluation, tokenizer
+from jaxling.experiments import demo_materials, demo_models
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = pathlib.Path(demo.__file__).parent / "models"
@@ -159,6 +162,49 @@ def test_the_card_compares_the_seeds():
             f"{found['neighbour_scripts']['mean']:.1f}",
         ]
     assert rows_of("run", card) == expected
+
+
+@pytest.fixture
+def parsed():
+    if not absl_flags.FLAGS.is_parsed():
+        absl_flags.FLAGS(["test"])
+
+
+def test_the_script_measures_words_verses_and_neighbours(parsed, tmp_path):
+    workdir = tmp_path / "run"
+    settings = dict(items=1, verses=1, model="demo-small", workdir=str(workdir))
+    with flagsaver.flagsaver(**settings):
+        demo_models.main([])
+    found = record(workdir / "summary.json")
+    assert found["words"]["all"]["items"] == 20
+    assert set(found["losses"]) == set(demo.LANGUAGES)
+    recorded = record(FOLDER / "demo-small" / "evaluation.json")
+    assert found["neighbour_scripts"]["words"] == 100
+    np.testing.assert_allclose(
+        found["neighbour_scripts"]["mean"],
+        recorded["neighbour_scripts"]["mean"],
+        atol=0.1,
+    )
+    assert (workdir / "words.png").stat().st_size > 1000
+
+
+def test_the_script_refuses_a_model_of_another_vocabulary(parsed, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    changed = json.loads(tokenizer.PACKAGED.read_text("utf-8"))
+    changed["model"]["vocab"]["water!"] = len(changed["model"]["vocab"])
+    (folder / "tokenizer.json").write_text(json.dumps(changed), "utf-8")
+    with flagsaver.flagsaver(model=str(folder), workdir=str(tmp_path / "run")):
+        with pytest.raises(ValueError, match="another, of 12289 tokens"):
+            demo_models.main([])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["model", "revision", "tensor"])
+def test_the_materials_are_of_no_other_model(parsed, tmp_path, flag):
+    with flagsaver.flagsaver(**{flag: "demo", "workdir": str(tmp_path / "run")}):
+        with pytest.raises(ValueError, match=f"--{flag} has no meaning here"):
+            demo_materials.main([])
 
 
 @pytest.mark.slow
