@@ -272,3 +272,30 @@ def test_bootstrap_resamples_concepts():
     # 1.96 sqrt(0.25 / 100), give or take the noise of 2,000 draws.
     np.testing.assert_allclose(apart[1:], (0.402, 0.598), atol=0.02)
     assert together[1:] == (0.0, 1.0)
+
+
+def test_the_spot_check_is_of_pairs_drawn_with_a_seed():
+    path = lexicons.__file__.replace("lexicons.py", "lexicon/spot_check.tsv")
+    with open(path, encoding="utf-8") as file:
+        heads, *rows = (line.rstrip("\n").split("\t") for line in file)
+    assert heads == ["language", "english", "word", "verdict", "note"]
+    draw = random.Random(0)
+    expected = []
+    for language in list(demo.LANGUAGES)[1:]:
+        pairs = demo.lexicon("eng", language, "test")
+        chosen = sorted(draw.sample(range(len(pairs)), 12))
+        expected += [[language, *pairs[i]] for i in chosen]
+    assert [row[:3] for row in rows] == expected
+    verdicts = [row[3] for row in rows]
+    counts = {v: verdicts.count(v) for v in ("right", "near", "wrong")}
+    assert sum(counts.values()) == len(rows) == 108
+    with open(path.replace("spot_check.tsv", "README.md"), encoding="utf-8") as file:
+        card = " ".join(file.read().split())
+    assert (
+        "{right} are right, {near} are near and {wrong} are wrong".format(**counts)
+        in card
+    )
+    for language in list(demo.LANGUAGES)[1:]:
+        sizes = [len(demo.lexicon("eng", language, s)) for s in lexicons.SPLITS]
+        row = "| {} | {} | {} | {} |".format(demo.LANGUAGES[language], *sizes)
+        assert row in card
