@@ -66,7 +66,13 @@ LEXICON = flags.DEFINE_list(
     "lexicon",
     [],
     "Dictionaries of the word-translation task, source-target:path in the format of"
-    " MUSE; the demo's when not given.",
+    " MUSE, or a .tsv with a column for each language; the demo's when not given.",
+)
+WORD_LISTS = flags.DEFINE_list(
+    "word_lists",
+    [],
+    "Ask only about words in these files, one a line, as code:path (the paper: English"
+    " nouns, verbs and adjectives).",
 )
 NAMES = flags.DEFINE_list(
     "names", [], "What prompts call the languages of --lexicon, as code:name."
@@ -306,17 +312,24 @@ def lexicons() -> tuple[dict, dict]:
     Raises:
       ValueError, OSError: a file cannot be read.
     """
-    from jaxling import demo, word_translation
+    from jaxling import demo, dictionaries, word_translation
     from jaxling.demo import evaluation
 
     if LEXICON.value:
-        read = word_translation.read_lexicons(LEXICON.value)
-        return read, read
-    test, train = (
-        {pair: demo.lexicon(*pair, split) for pair in evaluation.ORDERED_PAIRS}
-        for split in ("test", "train")
-    )
-    return test, train
+        test = train = word_translation.read_lexicons(LEXICON.value)
+    else:
+        test, train = (
+            {pair: demo.lexicon(*pair, split) for pair in evaluation.ORDERED_PAIRS}
+            for split in ("test", "train")
+        )
+    lists = {
+        code: dictionaries.read_words(path)
+        for code, path in entries(WORD_LISTS.value, "word_lists").items()
+    }
+    unknown = sorted(set(lists) - {code for pair in test for code in pair})
+    if unknown:
+        raise ValueError(f"--word_lists names {unknown}, which no lexicon has.")
+    return word_translation.keep_words(test, lists), train
 
 
 def translation_task(model: Any, tokenizer: Any) -> Any:
@@ -330,8 +343,10 @@ def translation_task(model: Any, tokenizer: Any) -> Any:
     from jaxling import demo, word_translation
 
     if TASK.value:
-        if LEXICON.value or HARD.value:
-            raise ValueError("--task excludes --lexicon and --hard: it has its words.")
+        if LEXICON.value or HARD.value or WORD_LISTS.value:
+            raise ValueError(
+                "--task excludes --lexicon, --word_lists and --hard: it has its words."
+            )
         return word_translation.load_task(TASK.value)
     asked, examples = lexicons()
     vectors = None

@@ -108,7 +108,9 @@ def test_words_are_scored_and_traced_by_the_command_line(place, tmp_path):
         (["--lexicon=eng-fra:nowhere.txt", "--names=fra:French"], "nowhere.txt"),
         (["--lexicon=eng-xx:{}/en-fr.txt"], "No prompt name"),
         (["--task={}/en-fr.txt"], "is not a word-translation task"),
-        (["--task={}/en-fr.txt", "--hard"], "--task excludes --lexicon and --hard"),
+        (["--task={}/en-fr.txt", "--hard"], "--task excludes --lexicon, --word_lists"),
+        (["--word_lists=xx:{}/en-fr.txt"], "which no lexicon has"),
+        (["--word_lists=eng:nowhere.txt"], "nowhere.txt"),
         (["--names=French"], "--names takes key:value"),
     ],
 )

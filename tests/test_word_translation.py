@@ -189,9 +189,49 @@ def test_lexicons_are_read_in_both_directions(tmp_path):
     (tmp_path / "a.txt").write_text("dog chien\ncat chat\n")
     found = word_translation.read_lexicons([f"eng-fra:{tmp_path}/a.txt"])
     assert found["fra", "eng"] == [("chien", "dog"), ("chat", "cat")]
-    for entry in ("eng:a.txt", "eng-eng:a.txt", "zh-hans-eng:a.txt"):
+    for entry in ("eng:a.txt", "eng-eng:a.txt", "zh-hans-eng:a.txt", "eng-fra"):
         with pytest.raises(ValueError, match="source-target:path"):
             word_translation.read_lexicons([entry])
+
+
+def test_a_lexicon_of_several_languages_joins_each_two(tmp_path):
+    path = tmp_path / "concepts.tsv"
+    path.write_text("eng\tfra\tzho\ndog\tchien\t狗\r\ncat\t\t猫\n\n")
+    found = word_translation.read_lexicons([str(path)])
+    assert len(found) == 6
+    assert found["zho", "eng"] == [("狗", "dog"), ("猫", "cat")]
+    assert found["fra", "zho"] == [("chien", "狗")]
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"eng\ndog\n", "two or more different languages"),
+        (b"eng\teng\ndog\tchien\n", "two or more different languages"),
+        (b"eng\tzh-hans\ndog\tx\n", "without hyphens"),
+        (b"eng\tfra\ndog\n", "line 2: 2 fields are needed"),
+        (b"eng\tfra\ndog\t\xff\n", "must be UTF-8"),
+    ],
+)
+def test_a_damaged_lexicon_of_several_languages_is_named(tmp_path, content, told):
+    path = tmp_path / "concepts.tsv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"concepts.tsv.*{told}|{told}.*concepts.tsv"):
+        word_translation.read_lexicons([str(path)])
+
+
+def test_only_listed_words_are_kept_on_either_side():
+    lexicons = {
+        ("eng", "fra"): [("dog", "chien"), ("of", "de")],
+        ("fra", "eng"): [("chien", "dog"), ("de", "of")],
+        ("fra", "zho"): [("de", "的")],
+    }
+    kept = word_translation.keep_words(lexicons, {"eng": {"dog", "cat"}})
+    assert kept == {
+        ("eng", "fra"): [("dog", "chien")],
+        ("fra", "eng"): [("chien", "dog")],
+        ("fra", "zho"): [("de", "的")],
+    }
 
 
 def test_word_vectors_are_means_of_rows(tokenizer, rng):

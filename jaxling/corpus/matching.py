@@ -1,9 +1,10 @@
 """Finds the terms of a list in a batch of documents, all of them at once.
 
 A text becomes an array of small codes, one for each character of any term, 0 for what
-parts words. The units are read off that array together: a unit's first four codes, its
-last four and its length say exactly which word it is if it has at most eight, and name
-a candidate, whose middle is compared, if it has more. Phrases are followed along a trie
+parts words. The units are read off that array together: those that begin like a word of
+the same length are looked at again, and their first four codes, the last four and the
+length say exactly which word it is if it has at most eight, and name a candidate, whose
+middle is compared, if it has more. Phrases are followed along a trie
 from the few places where one can begin. Nothing is probabilistic: every match has been
 compared code by code.
 """
@@ -45,6 +46,7 @@ class _Words(NamedTuple):
     lengths: np.ndarray  # [unit] int64
     middles: np.ndarray  # [unit, block] uint64, codes 4 to 7, 8 to 11, ...
     slots: np.ndarray  # [slot] int32, a unit or -1
+    begun: np.ndarray  # [slot] bool, the head and length of some unit lead here
 
 
 class _Trie(NamedTuple):
@@ -152,7 +154,10 @@ def _words(units: list[str], fold_case: bool) -> _Words:
         while slots[slot] >= 0:
             slot = (slot + 1) % size
         slots[slot] = number
-    return _Words(codes, first_alone, heads, ends, lengths, blocks[:, 1:].copy(), slots)
+    begun = np.zeros(size, bool)
+    begun[_hash(heads, _NO_TAIL, lengths, size)] = True
+    middles = blocks[:, 1:].copy()
+    return _Words(codes, first_alone, heads, ends, lengths, middles, slots, begun)
 
 
 def _hash(
@@ -169,6 +174,7 @@ def _hash(
 # Which of four codes belong to a unit of 0, 1, 2, 3, 4 and more of them.
 _HEAD = np.array([(1 << 16 * n) - 1 for n in range(5)], np.uint64)
 _TAIL = np.array([0, 0, 0, 0, (1 << 64) - 1], np.uint64)
+_NO_TAIL = np.zeros(1, np.uint64)
 
 
 class _Units(NamedTuple):
@@ -208,11 +214,20 @@ def _identify(
     # Four codes from any place on, read as one number.
     fours = np.ndarray((len(codes) - 3,), np.uint64, buffer=codes, strides=(2,))
     lengths = ends - starts
-    kept = np.minimum(lengths, 4)
     heads = fours[starts]
-    heads &= _HEAD.take(kept)
-    tails = fours[ends - 4]
-    tails &= _TAIL.take(kept)
+    heads &= _HEAD.take(np.minimum(lengths, 4))
+    ids = np.full(len(starts), -1, np.int32)
+    # Few of a text's units begin like a term's: only theirs are looked at further.
+    likely = words.begun.take(_hash(heads, _NO_TAIL, lengths, len(words.begun)))
+    asked = np.flatnonzero(likely)
+    ids[asked] = _look_up(words, fours, starts[asked], lengths[asked], heads[asked])
+    return ids
+
+
+def _look_up(words, fours, starts, lengths, heads) -> np.ndarray:
+    """The units that begin at `starts`, from the table of all; -1 for others."""
+    tails = fours[starts + (lengths - 4)]
+    tails &= _TAIL.take(np.minimum(lengths, 4))
     slots = _hash(heads, tails, lengths, len(words.slots))
     ids = np.full(len(starts), -1, np.int32)
     # Those whose slot is taken; what is in it may be another unit.

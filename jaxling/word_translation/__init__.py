@@ -23,6 +23,7 @@ from .task import Item as Item
 from .task import Task as Task
 from .task import build_task as build_task
 from .task import draw_examples as draw_examples
+from .task import keep_words as keep_words
 from .task import load_task as load_task
 from .task import prompt as prompt
 from .task import read_lexicons as read_lexicons

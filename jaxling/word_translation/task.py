@@ -1,9 +1,10 @@
 """The questions of the word-translation task: word pairs with nine distractors."""
 
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -159,9 +160,11 @@ def words_of(
 def read_lexicons(
     files: Iterable[str],
 ) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    """Word pairs of both directions from entries `source-target:path`.
+    """Word pairs of all ordered pairs of languages that the files join.
 
-    A path is a dictionary as MUSE has them. A language has no hyphen in its code.
+    An entry is `source-target:path`, a dictionary as MUSE has them, or the path of a
+    multilingual `.tsv`: its first line holds the languages' codes, every other line the
+    words of one concept, or nothing where a language lacks one. A code has no hyphen.
 
     Raises:
       ValueError: an entry or a file that cannot be read as such.
@@ -169,17 +172,43 @@ def read_lexicons(
     """
     lexicons: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for entry in files:
+        if ":" not in entry and entry.endswith(".tsv"):
+            columns = dictionaries.read_concepts(entry)
+            for source, target in itertools.permutations(columns, 2):
+                pairs = [p for p in zip(columns[source], columns[target]) if all(p)]
+                lexicons.setdefault((source, target), []).extend(pairs)
+            continue
         languages, _, path = entry.partition(":")
         source, _, target = languages.partition("-")
         if not (source and target and path) or "-" in target or source == target:
             raise ValueError(
                 "A lexicon is given as source-target:path, two different languages"
-                f" without hyphens; got {entry!r}."
+                f" without hyphens, or as the path of a .tsv; got {entry!r}."
             )
         pairs = dictionaries.read_dictionary(path)
         lexicons.setdefault((source, target), []).extend(pairs)
         lexicons.setdefault((target, source), []).extend(p[::-1] for p in pairs)
     return lexicons
+
+
+def keep_words(
+    lexicons: Mapping[tuple[str, str], Sequence[tuple[str, str]]],
+    lists: Mapping[str, Collection[str]],
+) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """The pairs of which each word is in the list of its language, where there is one.
+
+    The paper keeps English words of the letters a to z that a dictionary has as noun,
+    verb or adjective: such a list for "eng", whichever side English is on.
+    """
+    kept = {}
+    for languages, pairs in lexicons.items():
+        limits = [lists.get(language) for language in languages]
+        kept[languages] = [
+            pair
+            for pair in pairs
+            if all(own is None or word in own for word, own in zip(pair, limits))
+        ]
+    return kept
 
 
 def save_task(task: Task, path: str | os.PathLike) -> None:
