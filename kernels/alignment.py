@@ -32,7 +32,7 @@ def procrustes(x: ArrayLike, y: ArrayLike) -> Array:
     Raises:
       ValueError: the shapes differ, are empty or have fewer than two axes.
     """
-    x, y = _pair("procrustes", x, y)
+    x, y = numerics.paired("procrustes", x, y)
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(
             "`x` and `y` must have the same width for an orthogonal map;"
@@ -83,7 +83,7 @@ def ridge_map(x: ArrayLike, y: ArrayLike, *, l2: ArrayLike = 0.0) -> Array:
     Raises:
       ValueError: the row counts differ, a side is empty, or a penalty is negative.
     """
-    x, y = _pair("ridge_map", x, y)
+    x, y = numerics.paired("ridge_map", x, y)
     if not isinstance(l2, jax.core.Tracer) and not np.all(np.asarray(l2) >= 0):
         raise ValueError(f"`l2` must be at least 0; got {np.min(l2)}.")
     return _ridge_map(x, y, jnp.asarray(l2, x.dtype)[..., None, None])
@@ -187,7 +187,8 @@ def rcsls(
     step that raised the loss goes back to the map before it with half the rate. With
     `spectral` every step is followed by clipping the map's singular values to [0, 1],
     the convex hull of the orthogonal maps; without it the loss has no lower bound, and
-    the number of steps is what limits the map. Joulin et al., 2018,
+    the number of steps is what limits the map. A loss that is no longer finite counts
+    as raised. Joulin et al., 2018,
     https://arxiv.org/abs/1804.07745, section 3. Their script, fastText's
     `alignment/align.py`, means to go back as well, but steps in place and so only
     halves the rate; where no step raises the loss the two do the same.
@@ -260,7 +261,8 @@ def _rcsls(start, x, y, source, target, *, learning_rate, k, steps, spectral):
     def step(state, _):
         w, best, best_loss, best_gradient, rate = state
         value, gradient = jax.value_and_grad(loss)(w)
-        worse = value > best_loss
+        # Too long a step leaves the numbers, with a loss of NaN or minus infinity.
+        worse = ~(jnp.isfinite(value) & (value <= best_loss))
         rate = jnp.where(worse, rate / 2, rate)
         best = jnp.where(worse, best, w)
         best_loss = jnp.where(worse, best_loss, value)
@@ -283,19 +285,8 @@ def _clip_singular_values(w: Float[Array, "d e"]) -> Float[Array, "d e"]:
     return jnp.matmul(u * jnp.minimum(s, 1.0), vt, precision="highest")
 
 
-def _pair(operation: str, x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
-    x, y = numerics.widened(x), numerics.widened(y)
-    flat = min(x.ndim, y.ndim) < 2
-    if flat or x.shape[-2] != y.shape[-2] or 0 in x.shape[-2:] + y.shape[-2:]:
-        raise ValueError(
-            f"{operation} needs paired rows, [..., n, d] and [..., n, e], not empty;"
-            f" got shapes {tuple(x.shape)} and {tuple(y.shape)}."
-        )
-    return x, y
-
-
 def _spaces(operation, x, y, source, target, k) -> tuple[Array, ...]:
-    x, y = _pair(operation, x, y)
+    x, y = numerics.paired(operation, x, y)
     source, target = numerics.widened(source), numerics.widened(target)
     for name, side, pairs in (("source", source, x), ("target", target, y)):
         if side.ndim < 2 or side.shape[-1] != pairs.shape[-1]:

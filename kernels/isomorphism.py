@@ -1,8 +1,14 @@
 """How alike in shape two spaces are: spectra, cosines, neighbour graphs, components.
 
 What the literature on cross-lingual embeddings calls isomorphism. Every measure works
-on plain `[n, d]` matrices, keeps float64 where it is enabled and computes in float32
-otherwise, and never holds an `[n, n]` matrix unless it says so.
+on plain `[n, d]` matrices, or on batches of them: leading axes broadcast. It keeps
+float64 where it is enabled and computes in float32 otherwise, and never holds an
+`[n, n]` matrix unless it says so.
+
+A space with a number in it that is not finite has NaN for every measure. A zero row is
+a row like any other for `spectrum` and the spanning tree. Where cosines count it has
+none: `relational_similarity` takes 0 for them, and in the graphs of
+`eigenvector_similarity` nothing is joined to it.
 """
 
 import functools
@@ -40,7 +46,8 @@ def spectrum(x: ArrayLike, *, center: bool = True) -> Spectrum:
     Returns:
       `singular_values [..., min(n, d)]` descending, those within rounding of zero as
       zero (with centring at least one where n <= d), and two `[...]` numbers. A zero
-      matrix has effective rank 0 and condition number NaN.
+      matrix has effective rank 0 and condition number NaN; one that is not finite has
+      NaN everywhere.
 
     Raises:
       ValueError: fewer than two axes, or an empty matrix.
@@ -53,6 +60,7 @@ def spectrum(x: ArrayLike, *, center: bool = True) -> Spectrum:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _spectrum(x, center):
+    x = _finite_or_nan(x)
     floor = numerics.rounding_floor(x)[..., None]
     values = jnp.linalg.svd(numerics.centered(x) if center else x, compute_uv=False)
     values = jnp.where(values <= floor, 0.0, values)
@@ -71,9 +79,10 @@ def _spectrum(x, center):
 def singular_value_gap(x: Spectrum, y: Spectrum) -> Array:
     """Sum of squared gaps between two log spectra, `sum_i (log s_i - log t_i)^2`.
 
-    Both spaces must have the same number of singular values; the measure is not
-    comparable between sample sizes. Infinite where one space lacks a direction that
-    the other has. Dubossarsky et al., 2020, https://arxiv.org/abs/2001.11136.
+    Leading axes broadcast. Both spaces must have the same number of singular values;
+    the measure is not comparable between sample sizes. Infinite where one space lacks
+    a direction that the other has. Dubossarsky et al., 2020,
+    https://arxiv.org/abs/2001.11136.
 
     Returns:
       `[...]`, zero for equal spectra.
@@ -93,9 +102,10 @@ def singular_value_gap(x: Spectrum, y: Spectrum) -> Array:
 
 
 def econd_hm(x: Spectrum, y: Spectrum) -> Array:
-    """Harmonic mean of two effective condition numbers, `2ab / (a + b)`.
+    """Harmonic mean `[...]` of two effective condition numbers, `2ab / (a + b)`.
 
-    Dubossarsky et al., 2020, https://arxiv.org/abs/2001.11136.
+    Not comparable between numbers of singular values. Dubossarsky et al., 2020,
+    https://arxiv.org/abs/2001.11136.
     """
     a, b = x.effective_condition_number, y.effective_condition_number
     return 2 * a * b / (a + b)
@@ -110,29 +120,29 @@ def relational_similarity(x: ArrayLike, y: ArrayLike, *, tile: int = 256) -> Arr
     Vulic et al., 2020, https://arxiv.org/abs/2004.04070.
 
     Args:
-      x: `[n, p]`, `n >= 3`.
-      y: `[n, q]`.
-      tile: rows per step; memory is `tile * n`.
+      x: `[..., n, p]`, `n >= 3`; leading axes are a batch of pairs.
+      y: `[..., n, q]`.
+      tile: rows per step; memory is `tile * n` for each pair of the batch.
 
     Returns:
-      A number in [-1, 1]; NaN where one space's cosines are all equal (within 8
+      `[...]` in [-1, 1]; NaN where one space's cosines are all equal (within 8
       roundings).
 
     Raises:
-      ValueError: the row counts differ, fewer than 3 rows, or `tile` below 1.
+      ValueError: the row counts differ, a side is empty, there are fewer than 3 rows,
+        or `tile` is below 1.
     """
-    x, y = numerics.widened(x), numerics.widened(y)
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < 3:
-        raise ValueError(
-            "`x` and `y` must be [n, p] and [n, q] with n >= 3;"
-            f" got {tuple(x.shape)} and {tuple(y.shape)}."
-        )
+    x, y = numerics.paired("relational_similarity", x, y)
+    n = x.shape[-2]
+    if n < 3:
+        raise ValueError(f"`x` and `y` must have n >= 3 rows; got {n}.")
     if tile < 1:
         raise ValueError(f"`tile` must be at least 1; got {tile}.")
-    return _relational_similarity(x, y, min(tile, len(x)))
+    return _relational_similarity(x, y, min(tile, n))
 
 
 @functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jnp.vectorize, excluded=(2,), signature="(n,p),(n,q)->()")
 def _relational_similarity(x, y, tile):
     n = x.shape[0]
     pairs = n * (n - 1) / 2
@@ -183,30 +193,31 @@ def eigenvector_similarity(
     eigenvalues that hold `energy` of each spectrum's sum. The published definition
     takes the largest eigenvalues; the script released with iso-study takes them in
     ascending order: `order="smallest"`. Sogaard et al., 2018,
-    https://arxiv.org/abs/1805.03620, section 4. Holds the `[n, n]` graphs: for
-    thousands of rows. Piecewise constant in the rows: there is no gradient.
+    https://arxiv.org/abs/1805.03620, section 4. Holds the `[n, n]` graphs of the whole
+    batch: for thousands of rows. Of equally near rows the lower index is the nearer
+    one. Piecewise constant in the rows: there is no gradient.
 
     Args:
-      x: `[n, p]`.
-      y: `[m, q]`; the row counts may differ.
+      x: `[..., n, p]`; leading axes are a batch of pairs.
+      y: `[..., m, q]`; the row counts may differ.
       k: neighbours per row.
       energy: share of the spectrum that is compared, in (0, 1].
       order: "largest" or "smallest" eigenvalues first.
 
     Returns:
-      A number, zero for equal graphs.
+      `[...]`, zero for equal graphs. Of a graph without edges one eigenvalue counts.
 
     Raises:
-      ValueError: not two axes, fewer than two rows, or `k`, `energy` or `order` out
-        of range.
+      ValueError: fewer than two axes or two rows, or `k`, `energy` or `order` out of
+        range.
     """
     x, y = numerics.widened(x), numerics.widened(y)
-    if x.ndim != 2 or y.ndim != 2 or min(len(x), len(y)) < 2:
+    rows = min(z.shape[-2] if z.ndim > 1 else 0 for z in (x, y))
+    if rows < 2:
         raise ValueError(
-            "`x` and `y` must be [n, p] and [m, q] with at least 2 rows;"
+            "`x` and `y` must be [..., n, p] and [..., m, q] with at least 2 rows;"
             f" got {tuple(x.shape)} and {tuple(y.shape)}."
         )
-    rows = min(len(x), len(y))
     if not 1 <= k < rows:
         raise ValueError(f"`k` must be in [1, {rows - 1}], the other rows; got {k}.")
     if not 0 < energy <= 1:
@@ -217,26 +228,31 @@ def eigenvector_similarity(
     return _eigenvector_similarity(x, y, k, energy, order == "largest")
 
 
-@functools.partial(jax.jit, static_argnums=(2, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(jnp.vectorize, excluded=(2, 3, 4), signature="(n,p),(m,q)->()")
 def _eigenvector_similarity(x, y, k, energy, largest):
     def leading(z):
         values = jnp.linalg.eigvalsh(_laplacian(_unit(z), k))
         values = values[::-1] if largest else values
-        held = jnp.cumsum(values) / values.sum()
-        return values, 1 + jnp.sum(held[:-1] < energy)
+        reached = jnp.cumsum(values) >= energy * values.sum()
+        return values, 1 + jnp.sum(~reached[:-1])
 
     rows = min(len(x), len(y))
     (s, count_s), (t, count_t) = leading(x), leading(y)
     kept = jnp.arange(rows) < jnp.minimum(count_s, count_t)
-    return jnp.sum(jnp.where(kept, jnp.square(s[:rows] - t[:rows]), 0.0))
+    gap = jnp.sum(jnp.where(kept, jnp.square(s[:rows] - t[:rows]), 0.0))
+    return jnp.where(jnp.isfinite(x).all() & jnp.isfinite(y).all(), gap, jnp.nan)
 
 
 def _laplacian(x: Float[Array, "n d"], k: int) -> Float[Array, "n n"]:
     n = x.shape[0]
+    there = jnp.any(x != 0, axis=1)
     with jax.default_matmul_precision("highest"):
-        cosines = jnp.where(jnp.eye(n, dtype=bool), -jnp.inf, x @ x.T)
-    nearest = lax.top_k(cosines, k)[1]
-    joined = jnp.zeros((n, n), x.dtype).at[jnp.arange(n)[:, None], nearest].set(1.0)
+        cosines = x @ x.T
+    allowed = there[:, None] & there & ~jnp.eye(n, dtype=bool)
+    scores, nearest = lax.top_k(jnp.where(allowed, cosines, -jnp.inf), k)
+    joined = jnp.zeros((n, n), x.dtype)
+    joined = joined.at[jnp.arange(n)[:, None], nearest].set(1.0 * (scores > -jnp.inf))
     joined = jnp.maximum(joined, joined.T)
     return jnp.diag(joined.sum(1)) - joined
 
@@ -253,21 +269,24 @@ def h0_bottleneck(x: ArrayLike, y: ArrayLike) -> Array:
     Differentiable where the tree and the largest gap are unique.
 
     Args:
-      x: `[n, p]`.
-      y: `[m, q]`; a smaller diagram is padded with points on the diagonal.
+      x: `[..., n, p]`; leading axes are a batch of pairs.
+      y: `[..., m, q]`; a smaller diagram is padded with points on the diagonal.
 
     Returns:
-      A non-negative number in the rows' unit of length.
+      `[...]`, not negative, in the rows' unit of length.
 
     Raises:
-      ValueError: not two axes, or no row.
+      ValueError: fewer than two axes, or no row.
     """
     a, b = (jnp.sort(spanning_tree(z)) for z in (x, y))
-    size = max(a.size, b.size)
-    a, b = (jnp.pad(z, (size - z.size, 0)) for z in (a, b))
-    if not size:
-        return jnp.zeros((), a.dtype)
-    return jnp.max(jnp.minimum(jnp.abs(a - b), jnp.maximum(a, b) / 2))
+    size = max(a.shape[-1], b.shape[-1], 1)
+    a, b = (
+        jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(size - z.shape[-1], 0)]) for z in (a, b)
+    )
+    distance = jnp.max(jnp.minimum(jnp.abs(a - b), jnp.maximum(a, b) / 2), -1)
+    # One row has no edge that could be NaN.
+    finite = (jnp.isfinite(jnp.asarray(z)).all((-2, -1)) for z in (x, y))
+    return jnp.where(functools.reduce(jnp.logical_and, finite), distance, jnp.nan)
 
 
 def spanning_tree(x: ArrayLike) -> Array:
@@ -277,22 +296,24 @@ def spanning_tree(x: ArrayLike) -> Array:
     `n * n * d`, memory `n`. Prim, 1957. The gradient of a zero length is zero.
 
     Args:
-      x: `[n, d]`.
+      x: `[..., n, d]`; leading axes are a batch.
 
     Returns:
-      `[n - 1]` lengths, unsorted.
+      `[..., n - 1]` lengths, unsorted.
 
     Raises:
-      ValueError: not two axes, or no row.
+      ValueError: fewer than two axes, or no row.
     """
     x = numerics.widened(x)
-    if x.ndim != 2 or x.shape[0] < 1:
-        raise ValueError(f"`x` must be [n, d] with n >= 1; got {tuple(x.shape)}.")
+    if x.ndim < 2 or x.shape[-2] < 1:
+        raise ValueError(f"`x` must be [..., n, d] with n >= 1; got {tuple(x.shape)}.")
     return _spanning_tree(x)
 
 
 @jax.jit
+@functools.partial(jnp.vectorize, signature="(n,d)->(e)")
 def _spanning_tree(x):
+    x = _finite_or_nan(x)
     n = x.shape[0]
     fixed = lax.stop_gradient(x)
 
@@ -316,6 +337,12 @@ def _spanning_tree(x):
     # Lengths of the chosen edges, outside of the search, so that they have gradients.
     squares = jnp.sum(jnp.square(x[a] - x[b]), 1)
     return jnp.where(squares == 0, 0.0, jnp.sqrt(jnp.where(squares == 0, 1.0, squares)))
+
+
+def _finite_or_nan(x: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
+    """Each matrix as it is, or all NaN where any number of it is not finite."""
+    finite = jnp.isfinite(x).all((-2, -1), keepdims=True)
+    return jnp.where(finite, x, jnp.nan)
 
 
 def _unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:

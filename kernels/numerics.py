@@ -58,6 +58,22 @@ def widened(x: ArrayLike) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def paired(operation: str, x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
+    """`[..., n, p]` and `[..., n, q]`, both `widened`: the door of what compares rows.
+
+    Raises:
+      ValueError: fewer than two axes, different row counts, or an empty side.
+    """
+    x, y = widened(x), widened(y)
+    flat = min(x.ndim, y.ndim) < 2
+    if flat or x.shape[-2] != y.shape[-2] or 0 in x.shape[-2:] + y.shape[-2:]:
+        raise ValueError(
+            f"{operation} needs paired rows, [..., n, p] and [..., n, q] over the same"
+            f" rows, not empty; got shapes {tuple(x.shape)} and {tuple(y.shape)}."
+        )
+    return x, y
+
+
 def centered(x: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
     """Rows minus their mean; exactly zero where all rows are equal.
 

@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -37,7 +36,7 @@ def principal_angles(a: ArrayLike, b: ArrayLike, *, center: bool = False) -> Arr
     Raises:
       ValueError: the row counts differ, or there is no row.
     """
-    return _cosines(*_pair("principal_angles", a, b), bool(center))
+    return _cosines(*numerics.paired("principal_angles", a, b), bool(center))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -77,7 +76,7 @@ def linear_cka(x: ArrayLike, y: ArrayLike) -> Array:
     Raises:
       ValueError: the row counts differ, or a side is empty.
     """
-    return _aligned(*_pair("linear_cka", x, y), _hsic)
+    return _aligned(*numerics.paired("linear_cka", x, y), _hsic)
 
 
 def debiased_linear_cka(x: ArrayLike, y: ArrayLike) -> Array:
@@ -100,7 +99,7 @@ def debiased_linear_cka(x: ArrayLike, y: ArrayLike) -> Array:
     Raises:
       ValueError: the row counts differ or are below 4, or a side is empty.
     """
-    x, y = _pair("debiased_linear_cka", x, y)
+    x, y = numerics.paired("debiased_linear_cka", x, y)
     return _aligned(*_enough(x, y), _unbiased_hsic)
 
 
@@ -128,7 +127,7 @@ def cka_grid(x: ArrayLike, y: ArrayLike, *, debiased: bool = False) -> Array:
             "`x` and `y` must be [layer, n, d];"
             f" got shapes {tuple(x.shape)} and {tuple(y.shape)}."
         )
-    x, y = _pair("cka_grid", x, y)
+    x, y = numerics.paired("cka_grid", x, y)
     if debiased:
         return _cka_grid(*_enough(x, y), _unbiased_hsic)
     return _cka_grid(x, y, _hsic)
@@ -185,16 +184,5 @@ def _enough(x: Array, y: Array) -> tuple[Array, Array]:
     if x.shape[-2] < 4:
         raise ValueError(
             f"`x` must have at least 4 rows for the unbiased estimate; got {x.shape}."
-        )
-    return x, y
-
-
-def _pair(operation: str, x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
-    x, y = numerics.widened(x), numerics.widened(y)
-    flat = min(x.ndim, y.ndim) < 2
-    if flat or x.shape[-2] != y.shape[-2] or 0 in x.shape[-2:] + y.shape[-2:]:
-        raise ValueError(
-            f"{operation} needs two matrices over the same rows, [..., n, p] and"
-            f" [..., n, q], not empty; got shapes {np.shape(x)} and {np.shape(y)}."
         )
     return x, y

@@ -235,6 +235,21 @@ def test_rcsls_takes_the_published_steps(rng, float64, spectral, rate):
         np.testing.assert_allclose(losses, script, atol=1e-12)
 
 
+@pytest.mark.parametrize("rate", [3e38, np.inf])
+def test_rcsls_returns_from_steps_that_leave_the_numbers(rng, rate):
+    sides = relaxed(rng, n=20, d=5, e=5)
+    found = kernels.rcsls(*sides, k=3, steps=8, learning_rate=rate)
+    assert not np.isfinite(found.losses).all()  # else the test would say nothing
+    assert np.isfinite(found.map).all()
+    reached = kernels.rcsls_loss(found.map, *sides, k=3)
+    finite = found.losses[np.isfinite(found.losses)]
+    np.testing.assert_allclose(reached, finite.min(), rtol=1e-5)
+    unknown = [*sides[:3], np.where(np.arange(25)[:, None] == 3, np.nan, sides[3])]
+    found = kernels.rcsls(*unknown, k=3, steps=2)
+    np.testing.assert_array_equal(found.map, kernels.procrustes(*sides[:2]))
+    assert np.isnan(found.losses).all()
+
+
 def test_rcsls_is_batched_and_holds_no_scores_of_all_pairs(rng):
     many = [np.stack(sides) for sides in zip(relaxed(rng, e=5), relaxed(rng, e=5))]
     together = kernels.rcsls(*many, k=3, steps=4)

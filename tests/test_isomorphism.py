@@ -92,28 +92,39 @@ def test_relational_similarity_is_the_correlation_of_the_two_lists(rng, n, tile)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("order", ["largest", "smallest"])
-def test_eigenvector_similarity_matches_networkx(rng, order):
-    spaces = [rng.normal(size=(30, 4)), rng.normal(size=(25, 6))]
+def neighbor_graph(x, k):
+    """Rows joined to their k nearest by cosine, in networkx; zero rows to nothing."""
+    graph = networkx.Graph()
+    graph.add_nodes_from(range(len(x)))
+    there = np.flatnonzero(x.any(axis=1))
+    rows = x[there] / np.linalg.norm(x[there], axis=1, keepdims=True)
+    cosines = rows @ rows.T
+    np.fill_diagonal(cosines, -np.inf)
+    for i, row in enumerate(np.argsort(-cosines, axis=1)[:, :k]):
+        graph.add_edges_from((there[i], there[j]) for j in row if j != i)
+    return graph
+
+
+def evs_oracle(x, y, k, order):
     spectra, counts = [], []
-    for x in spaces:
-        x = x / np.linalg.norm(x, axis=1, keepdims=True)
-        cosines = x @ x.T
-        np.fill_diagonal(cosines, -np.inf)
-        graph = networkx.Graph()
-        graph.add_nodes_from(range(len(x)))
-        for i, row in enumerate(np.argsort(-cosines, axis=1)[:, :5]):
-            graph.add_edges_from((i, int(j)) for j in row)
-        values = np.sort(networkx.laplacian_spectrum(graph))
+    for z in (x, y):
+        values = np.sort(networkx.laplacian_spectrum(neighbor_graph(z, k)))
         values = values[::-1] if order == "largest" else values
         held = np.cumsum(values) / values.sum()
         spectra.append(values)
         counts.append(1 + int(np.sum(held < 0.9)))
     m = min(counts)
-    expected = np.sum((spectra[0][:m] - spectra[1][:m]) ** 2)
-    found = kernels.eigenvector_similarity(*spaces, k=5, order=order)
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
-    assert kernels.eigenvector_similarity(spaces[0], spaces[0], k=5) < 1e-8
+    return np.sum((spectra[0][:m] - spectra[1][:m]) ** 2)
+
+
+@pytest.mark.parametrize("order", ["largest", "smallest"])
+@pytest.mark.parametrize("zeros", [0, 3, 22])
+def test_eigenvector_similarity_matches_networkx(rng, order, zeros):
+    x, y = rng.normal(size=(30, 4)), rng.normal(size=(25, 6))
+    y[rng.permutation(25)[:zeros]] = 0  # of 22, three are left and have two neighbours
+    found = kernels.eigenvector_similarity(x, y, k=5, order=order)
+    np.testing.assert_allclose(found, evs_oracle(x, y, 5, order), rtol=1e-3)
+    assert kernels.eigenvector_similarity(y, y[::-1], k=5, order=order) < 1e-8
 
 
 @pytest.mark.parametrize("n, m", [(20, 20), (12, 30), (1, 4), (1, 1), (2, 2)])
@@ -187,16 +198,61 @@ def test_shapes_of_random_spaces_obey_their_laws(rng, exponent):
     assert distance(x, x + noise) <= moved + 1e-5
 
 
+MEASURES = {
+    "spectrum": lambda x, y: kernels.spectrum(x).effective_condition_number,
+    "rank": lambda x, y: kernels.spectrum(x, center=False).effective_rank,
+    "gap": lambda x, y: kernels.singular_value_gap(
+        kernels.spectrum(x), kernels.spectrum(y[..., :3])
+    ),
+    "econd": lambda x, y: kernels.econd_hm(kernels.spectrum(x), kernels.spectrum(y)),
+    "rsim": lambda x, y: kernels.relational_similarity(x, y, tile=4),
+    "evs": lambda x, y: kernels.eigenvector_similarity(x, y, k=2),
+    "h0": kernels.h0_bottleneck,
+    "tree": lambda x, y: kernels.spanning_tree(x).sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_are_batched_over_pairs(rng, name):
+    """Leading axes broadcast, and a caller's own vmap gives the same."""
+    measure = MEASURES[name]
+    x, y = rng.normal(size=(2, 1, 7, 3)), rng.normal(size=(3, 7, 4))
+    together = np.broadcast_to(measure(x, y), (2, 3))
+    alone = [[measure(a, b) for b in y] for a in x[:, 0]]
+    # The same sums in another order; the longest is of 21 cosines.
+    np.testing.assert_allclose(together, alone, rtol=2e-5, atol=2e-6)
+    over_y = jax.vmap(measure, (None, 0))
+    mapped = jax.jit(jax.vmap(over_y, (0, None)))(x[:, 0], y)
+    np.testing.assert_allclose(mapped, alone, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_space_that_is_not_finite_has_no_shape(rng, name, value, whole):
+    x, y = rng.normal(size=(2, 7, 3)), rng.normal(size=(7, 4))
+    x[1, 4, slice(None) if whole else 1] = value
+    found = np.asarray(MEASURES[name](x, y))
+    assert np.isfinite(found[0]) and np.isnan(found[1])
+    if name in ("gap", "econd", "rsim", "evs", "h0"):  # of both sides
+        mirrored = np.asarray(
+            MEASURES[name](y[:, :3], np.pad(x, [(0, 0)] * 2 + [(0, 1)]))
+        )
+        assert np.isfinite(mirrored[0]) and np.isnan(mirrored[1])
+
+
 def test_degenerate_spaces_have_a_defined_shape(rng):
     x, equal = rng.normal(size=(5, 3)), np.ones((5, 3)) * 0.3
     assert np.isnan(kernels.relational_similarity(equal, x))
     assert np.isnan(kernels.relational_similarity(np.eye(5), x))  # cosines all zero
     np.testing.assert_allclose(kernels.relational_similarity(x, x), 1, atol=1e-5)
     assert kernels.eigenvector_similarity(equal, equal, k=1) == 0
-    assert np.isfinite(kernels.eigenvector_similarity(0 * x, x, k=4))
+    # All five joined to all: eigenvalues 5, 5, 5, 5, 0; of no edges one counts.
+    similarity = kernels.eigenvector_similarity(0 * x, x, k=4)
+    np.testing.assert_allclose(similarity, 25, rtol=1e-5)
     assert kernels.h0_bottleneck(equal, equal) == 0 == kernels.h0_bottleneck(x, x)
     assert kernels.spanning_tree(x[:1]).shape == (0,)
-    assert np.isnan(kernels.h0_bottleneck(np.where(x == x[2], np.nan, x), x))
+    assert np.isnan(kernels.h0_bottleneck(np.nan * x[:1], x[:1]))  # no edge at all
 
 
 def test_gradients_match_differences(rng, float64):
@@ -240,6 +296,17 @@ def test_float64_is_kept_where_it_is_enabled(rng, float64):
     ).data
     tree = np.sort(kernels.spanning_tree(x))
     np.testing.assert_allclose(tree, np.sort(lengths), rtol=1e-12)
+    for order in ("largest", "smallest"):
+        found = kernels.eigenvector_similarity(x, y, k=4, order=order)
+        np.testing.assert_allclose(found, evs_oracle(x, y, 4, order), rtol=1e-10)
+
+
+@pytest.mark.parametrize("n, m", [(20, 20), (12, 30)])
+def test_h0_bottleneck_keeps_float64(rng, float64, n, m):
+    gudhi = pytest.importorskip("gudhi")
+    x, y = rng.normal(size=(n, 3)), 2 * rng.normal(size=(m, 5))
+    expected = gudhi.bottleneck_distance(persistence(x), persistence(y))
+    np.testing.assert_allclose(kernels.h0_bottleneck(x, y), expected, rtol=1e-12)
 
 
 BAD = [
@@ -252,6 +319,8 @@ BAD = [
     (lambda x: kernels.eigenvector_similarity(x, x, k=2, energy=0.0), "`energy`"),
     (lambda x: kernels.eigenvector_similarity(x, x, k=2, order="up"), "`order`"),
     (lambda x: kernels.h0_bottleneck(x[:0], x), "n >= 1"),
+    (lambda x: kernels.spanning_tree(x[0]), r"\[\.\.\., n, d\] with n >= 1"),
+    (lambda x: kernels.relational_similarity(x, x[:5]), "paired rows"),
 ]
 
 

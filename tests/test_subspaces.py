@@ -159,7 +159,15 @@ def test_degenerate_spaces_have_defined_likeness(rng):
         np.testing.assert_array_equal(angles, [0, 0, 0])
     for measure in (kernels.linear_cka, kernels.debiased_linear_cka):
         np.testing.assert_allclose(measure(x, x), 1, atol=1e-5)
-        np.testing.assert_allclose(measure(x[:5], x[:5] @ np.ones((3, 8))), 1, atol=1)
+    # Five rows of three columns, all eight of the other side being their sum.
+    wide = x[:5] @ np.ones((3, 8))
+    for measure, oracle in [
+        (kernels.linear_cka, cka_oracle),
+        (kernels.debiased_linear_cka, debiased_oracle),
+    ]:
+        expected = oracle(x[:5], wide)
+        assert abs(expected) < 0.99
+        np.testing.assert_allclose(measure(x[:5], wide), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1, 1000])
