@@ -16,10 +16,13 @@ common: layer by layer within a model and between models (texts of the first lan
 and language by language at every layer of --model. A text's vector is the mean of its
 tokens' vectors; layer 0 is the input embedding. Mantel's test asks of every layer
 whether languages that lie close together (cosine of their mean vectors) also arrange
-the texts alike (CKA): a correlation over pairs of languages, p by relabelling them.
+the texts alike (CKA): a correlation over pairs of languages, p by relabelling them. The
+same cosines put the languages into --clusters groups (average linkage), as Fan et al.
+(2021) do.
 """
 
 import numpy as np
+from absl import flags
 
 from jaxling import (
     checkpoints,
@@ -36,6 +39,9 @@ from . import common
 
 _TEXTS = 150
 _K = 10
+_CLUSTERS = flags.DEFINE_integer(
+    "clusters", 3, "Groups of languages, by the closeness of their mean vectors.", 2
+)
 
 
 def main(argv: list[str]) -> None:
@@ -64,8 +70,10 @@ def main(argv: list[str]) -> None:
         against[name] = _spaces(name, None, alone)[first]
     rows = []
     for name, space in against.items():
-        rows += _grid(run.workdir, names[0], own[first], name, space, k)
+        title = f"{len(texts.items)} texts in {first}"
+        rows += _grid(run.workdir, names[0], own[first], name, space, k, title)
     by_layer = _languages(run.workdir, own, k, rows)
+    groups = [_clusters(own, layer) for layer in range(len(own[first]))]
     tables.write_parquet(
         run.workdir / "similarity.parquet", {f: [r[f] for r in rows] for f in rows[0]}
     )
@@ -73,6 +81,9 @@ def main(argv: list[str]) -> None:
     lines = [[i, *(column[i] for column in by_layer.values())] for i in range(depth)]
     header = ["layer", "CKA of languages", f"{k} nearest shared", "Mantel r", "p"]
     print(tables.format_table(header, lines))
+    for layer, group in enumerate(groups):
+        if group:
+            print(f"layer {layer}, by closeness: {' | '.join(map(' '.join, group))}")
     plots.save_curves(
         run.workdir / "languages_by_layer.png",
         ["debiased CKA", f"{k} nearest shared (chance {k / (n - 1):.0%})"],
@@ -81,7 +92,13 @@ def main(argv: list[str]) -> None:
         x_label="layer",
     )
     common.finish(
-        run, {"items": len(texts.items), "languages_by_layer": by_layer, "k": k}
+        run,
+        {
+            "items": len(texts.items),
+            "languages_by_layer": by_layer,
+            "clusters_by_layer": groups,
+            "k": k,
+        },
     )
     print(f"\nTable and pictures are in {run.workdir}.")
 
@@ -101,7 +118,7 @@ def _nearest(space: np.ndarray, k: int) -> list[np.ndarray]:
     return [np.asarray(kernels.all_pairs_neighbors(x, k=k).indices) for x in space]
 
 
-def _grid(workdir, a, x, b, y, k) -> list[dict]:
+def _grid(workdir, a, x, b, y, k, texts) -> list[dict]:
     """Layers of `a` against layers of `b`, on the same texts."""
     cka = np.asarray(kernels.cka_grid(x, y, debiased=True))
     lists = _nearest(x, k), _nearest(y, k)
@@ -118,7 +135,10 @@ def _grid(workdir, a, x, b, y, k) -> list[dict]:
             [str(i) for i in range(len(x))],
             [str(i) for i in range(len(y))],
             values,
-            title={"cka": "Debiased CKA", "neighbors": f"{k} nearest shared"}[measure],
+            title={
+                "cka": f"Debiased CKA, {texts}",
+                "neighbors": f"{k} nearest shared, {texts}",
+            }[measure],
             row_label=f"layer of {short[0]}",
             column_label=f"layer of {short[1]}",
             limits=(0, 1),
@@ -131,7 +151,10 @@ def _grid(workdir, a, x, b, y, k) -> list[dict]:
 
 
 def _languages(workdir, spaces, k, rows) -> dict[str, list[float]]:
-    """Languages against each other at every layer; means by layer, best as picture."""
+    """Languages against each other at every layer; means by layer, best as picture.
+
+    CKA is NaN where texts of a language all have one vector; such pairs do not count.
+    """
     names = list(spaces)
     lists = {name: _nearest(spaces[name], k) for name in names}
     depth, size = len(lists[names[0]]), len(names)
@@ -148,16 +171,22 @@ def _languages(workdir, spaces, k, rows) -> dict[str, list[float]]:
                 grids[:, layer, i, j] = grids[:, layer, j, i] = found
                 pair, at = (names[j], names[i]), (layer, layer)
                 rows.append(_row("languages", pair, at, *grids[:, layer, i, j]))
-    means = np.nanmean(grids, axis=(2, 3))
-    best = int(means[0].argmax())
-    plots.save_heatmap(
-        workdir / "languages.png",
-        names,
-        names,
-        grids[0, best],
-        title=f"Debiased CKA of languages at layer {best}",
-        limits=(0, 1),
-    )
+    known = np.isfinite(grids)
+    counts = known.sum((2, 3))
+    sums = np.where(known, grids, 0).sum((2, 3))
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    if counts[0].any():
+        best = int(np.nanargmax(means[0]))
+        plots.save_heatmap(
+            workdir / "languages.png",
+            names,
+            names,
+            grids[0, best],
+            title=f"Debiased CKA of languages at layer {best}",
+            limits=(0, 1),
+        )
+    else:
+        print("No two languages have a debiased CKA at any layer.")
     tests = [_mantel(spaces, grids[0, layer], layer) for layer in range(depth)]
     return {
         "cka": means[0].tolist(),
@@ -169,14 +198,30 @@ def _languages(workdir, spaces, k, rows) -> dict[str, list[float]]:
 
 def _mantel(spaces, cka, layer) -> retrieval.Mantel:
     """Closeness of languages against likeness; NaN for two, or without their means."""
-    centroids = np.stack([space[layer].mean(0) for space in spaces.values()])
-    if len(centroids) < 3 or common.CENTER.value:
+    if len(spaces) < 3 or common.CENTER.value:
         return retrieval.Mantel(np.nan, np.nan)
     likeness = np.where(np.eye(len(cka), dtype=bool), 1, cka)
-    closeness = retrieval.language_similarity(centroids)
+    order = np.argsort(np.argsort(list(spaces)))  # as `spaces` has the languages
+    closeness = retrieval.language_similarity(_centroids(spaces, layer)[order])
     return retrieval.mantel(
         closeness, likeness, permutations=999, seed=common.SEED.value
     )
+
+
+def _centroids(spaces, layer) -> np.ndarray:
+    """Mean vectors at a layer, of the languages in alphabetical order."""
+    rows = [space[layer] for space in spaces.values()]
+    languages = [name for name, own in zip(spaces, rows) for _ in own]
+    return retrieval.language_centroids(np.concatenate(rows), languages)
+
+
+def _clusters(spaces, layer) -> list[list[str]]:
+    """Groups of languages with close mean vectors; none where Mantel's test is NaN."""
+    if len(spaces) < 3 or common.CENTER.value:
+        return []
+    labels = retrieval.cluster_languages(_centroids(spaces, layer), _CLUSTERS.value)
+    names = np.array(sorted(spaces))
+    return [names[labels == label].tolist() for label in np.unique(labels)]
 
 
 def _row(between, pair, layers, cka, shared) -> dict:

@@ -20,7 +20,8 @@ when one model's tokens are relabelled at random: hubs stay hubs, and the token 
 is in both lists, which is 1 of the 100. The angle is the cosine of the smallest
 principal angle between the column spaces, an upper bound on all others; --center
 subtracts the mean row first (the paper does not say). It is 1 by necessity where two
-spaces have more columns together than there are shared tokens.
+spaces have more columns together than there are shared tokens. Tokens whose vector is
+zero in one of the models are left out; one that is not finite is refused.
 """
 
 import itertools
@@ -55,9 +56,16 @@ def main(argv: list[str]) -> None:
     ids = vocabulary.shared_tokens(*words, *others)[: len(models)]
     held = [checkpoint.shape(name)[0] for checkpoint, name in zip(opened, names)]
     ids = ids[:, (ids < np.array(held)[:, None]).all(0)]
-    k = min(common.K.value or _K, ids.shape[1])
+    spaces = [
+        checkpoint.read(name, rows=rows, dtype=np.float32)
+        for checkpoint, name, rows in zip(opened, names, ids)
+    ]
+    there = _have_directions(models, ids, spaces)
+    spaces = [space[there] for space in spaces]
+    tokens = int(there.sum())
+    k = min(common.K.value or _K, tokens)
     if k < 2:
-        raise ValueError(f"{', '.join(models)} share {ids.shape[1]} tokens: too few.")
+        raise ValueError(f"{', '.join(models)} share {tokens} tokens: too few.")
     digests = [checkpoint.digest(name) for checkpoint, name in zip(opened, names)]
     run = common.begin(
         "model_agreement",
@@ -66,34 +74,63 @@ def main(argv: list[str]) -> None:
             for model, name, digest in zip(models, names, digests)
         },
     )
-    spaces = [
-        checkpoint.read(name, rows=rows, dtype=np.float32)
-        for checkpoint, name, rows in zip(opened, names, ids)
-    ]
     lists = [
         np.asarray(kernels.all_pairs_neighbors(space, k=k, include_self=True).indices)
         for space in spaces
     ]
     rows = [_compare(models, spaces, lists, i, j) for i, j in _pairs(models)]
     random = np.random.default_rng(common.SEED.value)
-    noise = random.standard_normal((ids.shape[1], _RANDOM_WIDTH), np.float32)
+    noise = random.standard_normal((tokens, _RANDOM_WIDTH), np.float32)
     baseline = {
         model: float(_angles(space, noise)[0]) for model, space in zip(models, spaces)
     }
     _report(run.workdir, models, rows, baseline, k)
-    widest = 2 * max(space.shape[1] for space in spaces)
-    if ids.shape[1] < widest:
-        print(f"With fewer than {widest:,} shared tokens angles may say nothing.")
-    print(f"\n{ids.shape[1]:,} shared tokens; tables and pictures in {run.workdir}.")
+    forced = [f"{row['a']} and {row['b']}" for row in rows if row["angle_is_forced"]]
+    forced += [
+        f"{model} and a random matrix"
+        for model, space in zip(models, spaces)
+        if _is_forced(tokens, space, noise)
+    ]
+    if forced:
+        print(
+            f"Of {'; '.join(forced)} the first angle is 1 by necessity: together they"
+            f" have more columns than the {tokens:,} shared tokens."
+        )
+    print(
+        f"\n{tokens:,} shared tokens, without {np.sum(~there):,} that have no direction"
+        f" in some model; tables and pictures in {run.workdir}."
+    )
     common.finish(
         run,
         {
-            "shared_tokens": ids.shape[1],
+            "shared_tokens": tokens,
+            "tokens_without_direction": int(np.sum(~there)),
             "k": k,
             "pairs": rows,
             "first_angle_with_random": baseline,
         },
     )
+
+
+def _have_directions(models, ids, spaces) -> np.ndarray:
+    """Which tokens have a vector other than zero in every model, bool `[shared]`.
+
+    Raises:
+      ValueError: a vector is not finite.
+    """
+    for model, rows, space in zip(models, ids, spaces):
+        wrong = rows[~np.isfinite(space).all(1)]
+        if len(wrong):
+            raise ValueError(
+                f"The token vectors of {model} must be finite; those of {len(wrong)}"
+                f" shared tokens are not, the first at ids {wrong[:5].tolist()}."
+            )
+    return np.all([space.any(1) for space in spaces], axis=0)
+
+
+def _is_forced(tokens, a, b) -> bool:
+    """Whether two spaces must meet, having more columns than there are dimensions."""
+    return a.shape[1] + b.shape[1] > tokens - common.CENTER.value
 
 
 def _angles(a, b):
@@ -124,6 +161,7 @@ def _compare(models, spaces, lists, i, j) -> dict:
         "chance_high": float(100 * chance.max() / k),
         "first_angle": float(angles[0]),
         "mean_angle": float(np.mean(angles)),
+        "angle_is_forced": _is_forced(len(spaces[i]), spaces[i], spaces[j]),
     }
 
 
@@ -137,14 +175,17 @@ def _report(workdir, models, rows, baseline, k) -> None:
         workdir / "agreement.parquet", {f: [row[f] for row in rows] for f in rows[0]}
     )
     short = ["/".join(model.split("/")[-2:]) for model in models]
-    for field, title in [
-        ("overlap_percent", f"Per cent of the {k} nearest tokens shared"),
-        ("first_angle", "Cosine of the smallest principal angle"),
+    noise = f"random, {_RANDOM_WIDTH} columns"
+    for field, title, sides in [
+        ("overlap_percent", f"Per cent of the {k} nearest tokens shared", short),
+        ("first_angle", "Cosine of the smallest principal angle", [*short, noise]),
     ]:
-        grid = np.full((len(models), len(models)), np.nan)
+        grid = np.full((len(sides), len(sides)), np.nan)
         for (i, j), row in zip(_pairs(models), rows):
             grid[i, j] = grid[j, i] = row[field]
-        plots.save_heatmap(workdir / f"{field}.png", short, short, grid, title=title)
+        if noise in sides:
+            grid[-1, :-1] = grid[:-1, -1] = list(baseline.values())
+        plots.save_heatmap(workdir / f"{field}.png", sides, sides, grid, title=title)
     plots.save_bars(
         workdir / "overlap_and_chance.png",
         [f"{a} – {b}" for a, b in itertools.combinations(short, 2)],
@@ -155,10 +196,10 @@ def _report(workdir, models, rows, baseline, k) -> None:
         series=["shared", "by chance"],
         errors=np.array(
             [
-                [0.0 for _ in rows],
-                [(row["chance_high"] - row["chance_low"]) / 2 for row in rows],
+                [[0.0, row["chance_percent"] - row["chance_low"]] for row in rows],
+                [[0.0, row["chance_high"] - row["chance_percent"]] for row in rows],
             ]
-        ),
+        ).swapaxes(1, 2),
         title=f"Shared neighbours against {_PERMUTATIONS.value} relabellings",
         value_label=f"% of {k}",
     )

@@ -12,9 +12,11 @@ A sentence's vector is the mean of its tokens' vectors. For every layer and pair
 languages: accuracy (the nearest sentence by cosine is the translation; mean of both
 directions), and F1 of mining by ratio margin, best in both directions, decided on
 indices (Artetxe & Schwenk, 2019; Jones et al., 2021). --center takes each language's
-mean away. Chance is one over the number of sentences.
+mean away. Chance is one over the number of sentences. The best layer, of all pairs and
+of each, is the first that has the highest accuracy.
 """
 
+import collections
 import itertools
 
 import numpy as np
@@ -68,10 +70,22 @@ def main(argv: list[str]) -> None:
         for measure in ("accuracy", "f1")
     }
     best = max(range(depth), key=curves["accuracy"].__getitem__)
+    # Layers come in order, and `max` takes the first of equal ones.
+    of_pairs = [
+        max(layers, key=lambda row: row["accuracy"])
+        for layers in (rows[i : i + depth] for i in range(0, len(rows), depth))
+    ]
     _report(run.workdir, name, names, rows, curves, best, n)
+    _report_pairs(run.workdir, name, names, of_pairs, depth)
     common.finish(
         run,
-        {"items": n, "languages": names, "mean_by_layer": curves, "best_layer": best},
+        {
+            "items": n,
+            "languages": names,
+            "mean_by_layer": curves,
+            "best_layer": best,
+            "best_of_pairs": of_pairs,
+        },
     )
     print(f"\nLayer 0 is the input embedding. Table and pictures are in {run.workdir}.")
 
@@ -105,6 +119,25 @@ def _report(workdir, model, names, rows, curves, best, n) -> None:
         grid,
         title=f"{short}: accuracy at layer {best} (chance {1 / n:.1%})",
         limits=(0, 1),
+    )
+
+
+def _report_pairs(workdir, model, names, of_pairs, depth) -> None:
+    counts = collections.Counter(row["layer"] for row in of_pairs)
+    listed = ", ".join(f"{i} for {counts[i]}" for i in sorted(counts))
+    print(f"best layer of the {len(of_pairs)} pairs: {listed}")
+    grid = np.full((len(names), len(names)), np.nan)
+    for row in of_pairs:
+        i, j = names.index(row["source"]), names.index(row["target"])
+        grid[i, j] = grid[j, i] = row["layer"]
+    plots.save_heatmap(
+        workdir / "best_layers.png",
+        names,
+        names,
+        grid,
+        title=f"{model.rstrip('/').split('/')[-1]}: layer of the highest accuracy",
+        value_format="{:.0f}",
+        limits=(0, depth - 1),
     )
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import safetensors.numpy
+import scipy.linalg
 from absl import flags
 from absl.testing import flagsaver
 
-from jaxling import parallel_text
+from jaxling import labelled_text, models, parallel_text
 from jaxling.experiments import (
     layer_similarity,
     lexicon_induction,
@@ -41,32 +42,87 @@ def test_agreement_is_beyond_chance_and_whole_with_oneself(tmp_path):
             model_agreement.main([])
 
 
-def test_vocabularies_of_other_sizes_lose_no_shared_token(tmp_path):
+_SHARED = [f"word{chr(97 + i)}" for i in range(20)]
+_FILLERS = [f"other{chr(97 + i)}" for i in range(26)]
+
+
+def write_space(folder, tokens, rows):
+    """A checkpoint of nothing but a vocabulary and its vectors."""
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", "utf-8")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": False})
+    )
+    safetensors.numpy.save_file(
+        {"embeddings.word_embeddings.weight": rows.astype(np.float32)},
+        folder / "model.safetensors",
+    )
+
+
+def two_spaces(folder, rng, width=4):
     """The shared tokens stand beyond the end of the smaller model's matrix."""
-    rng = np.random.default_rng(0)
-    shared = [f"word{chr(97 + i)}" for i in range(20)]
-    fillers = [f"other{chr(97 + i)}" for i in range(26)]
-    for name, tokens in (("small", shared), ("large", [*fillers, *shared])):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", "utf-8")
-        (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": False})
-        )
-        rows = rng.standard_normal((len(tokens), 4)).astype(np.float32)
-        safetensors.numpy.save_file(
-            {"embeddings.word_embeddings.weight": rows}, folder / "model.safetensors"
-        )
-    with flagsaver.flagsaver(
-        workdir=str(tmp_path / "run"),
-        model=str(tmp_path / "small"),
-        models=[str(tmp_path / "large")],
-        k=5,
-        permutations=2,
-    ):
+    small, large = rng.normal(size=(20, 4)), rng.normal(size=(46, width))
+    large[26:, :4] += small
+    small[3] = large[30] = large[5] = 0  # two shared tokens, and one that is not
+    write_space(folder / "small", _SHARED, small)
+    write_space(folder / "large", [*_FILLERS, *_SHARED], large)
+    flags_of = dict(model=str(folder / "small"), models=[str(folder / "large")])
+    return np.delete(small, [3, 4], 0), np.delete(large[26:], [3, 4], 0), flags_of
+
+
+def own_neighbors(x, k):
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return [set(row) for row in np.argsort(-(x @ x.T), axis=1)[:, :k]]
+
+
+def test_agreement_is_that_of_the_dense_definition(rng, tmp_path):
+    """Vocabularies of other sizes; tokens without a vector in one of the models."""
+    small, large, given = two_spaces(tmp_path, rng)
+    workdir = str(tmp_path / "run")
+    with flagsaver.flagsaver(workdir=workdir, k=5, permutations=30, **given):
         model_agreement.main([])
-    assert summary(tmp_path / "run")["shared_tokens"] == len(shared)
+    found = summary(tmp_path / "run")
+    assert found["shared_tokens"] == 18 and found["tokens_without_direction"] == 2
+    (pair,) = found["pairs"]
+    both = list(zip(own_neighbors(small, 5), own_neighbors(large, 5)))
+    overlap = [len(a & b) / 5 for a, b in both]
+    assert pair["overlap_percent"] == pytest.approx(100 * np.mean(overlap))
+    jaccard = np.mean([len(a & b) / len(a | b) for a, b in both])
+    assert pair["jaccard"] == pytest.approx(jaccard)
+    # Itself, and 4 of 17 others by 4 of 17: four standard errors of 18 x 30 lists.
+    assert pair["chance_percent"] == pytest.approx(100 * (1 + 16 / 17) / 5, abs=3)
+    assert pair["chance_low"] < pair["chance_percent"] < pair["chance_high"]
+    cosines = np.cos(scipy.linalg.subspace_angles(small, large))
+    assert pair["first_angle"] == pytest.approx(cosines.max(), abs=1e-5)
+    assert pair["mean_angle"] == pytest.approx(cosines.mean(), abs=1e-5)
+    assert not pair["angle_is_forced"]
+
+
+def test_angles_that_could_not_be_other_than_one_are_named(rng, tmp_path, capsys):
+    """Of 4 and 15 columns over 18 tokens; of 512 random ones over any so few."""
+    *_, given = two_spaces(tmp_path, rng, width=15)
+    for center in (False, True):
+        workdir = str(tmp_path / str(center))
+        with flagsaver.flagsaver(workdir=workdir, k=5, center=center, **given):
+            model_agreement.main([])
+        (pair,) = summary(tmp_path / str(center))["pairs"]
+        assert pair["angle_is_forced"]
+        assert pair["first_angle"] == pytest.approx(1, abs=1e-5)
+        said = capsys.readouterr().out
+        assert "small and a random matrix; " in said and "than the 18 shared" in said
+
+
+def test_vectors_that_are_not_finite_are_refused(rng, tmp_path):
+    *_, given = two_spaces(tmp_path, rng)
+    rows = rng.normal(size=(46, 4))
+    rows[[2, 28]] = np.nan  # the first belongs to no shared token
+    write_space(tmp_path / "unknown", [*_FILLERS, *_SHARED], rows)
+    given["models"].append(str(tmp_path / "unknown"))
+    with flagsaver.flagsaver(workdir=str(tmp_path / "run"), k=5, **given):
+        with pytest.raises(ValueError, match=r"unknown must be finite; .* 1 .*\[28\]"):
+            model_agreement.main([])
+    assert not (tmp_path / "run").exists()
 
 
 def test_induction_asks_every_map_and_method(tmp_path):
@@ -79,6 +135,20 @@ def test_induction_asks_every_map_and_method(tmp_path):
     assert set(table["source"].to_pylist()) == {"eng", "swh"}
 
 
+def retrieved_oracle(x, y):
+    """Accuracy of both directions and F1 of mutual ratio margins, every pair scored."""
+    x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+    cosine, own = x @ y.T, np.arange(len(x))
+    accuracy = [np.mean(cosine.argmax(axis) == own) for axis in (0, 1)]
+    near = [np.sort(cosine, axis).take(range(-4, 0), axis) for axis in (1, 0)]
+    margin = 2 * cosine / (near[0].mean(1)[:, None] + near[1].mean(0))
+    forward = np.where(cosine >= near[0][:, :1], margin, -np.inf).argmax(1)
+    backward = np.where(cosine >= near[1][:1], margin, -np.inf).argmax(0)
+    mined = backward[forward] == own
+    right = np.sum(mined & (forward == own))
+    return np.mean(accuracy), 2 * right / (mined.sum() + len(own))
+
+
 def test_sentences_and_layers_of_parallel_text(tmp_path):
     shared = dict(languages=["eng", "ukr"], per_language=24)
     with flagsaver.flagsaver(workdir=str(tmp_path / "a"), **shared):
@@ -87,6 +157,19 @@ def test_sentences_and_layers_of_parallel_text(tmp_path):
     curve = found["mean_by_layer"]["accuracy"]
     assert found["items"] == 24
     assert curve[found["best_layer"]] == max(curve) <= 1
+    spaces = parallel_text.spaces(
+        models.load("demo", dtype="float32"),
+        labelled_text.load_tokenizer("demo"),
+        parallel_text.demo_parallel(["eng", "ukr"], 24),
+    )
+    table = pyarrow.parquet.read_table(tmp_path / "a" / "retrieval.parquet").to_pylist()
+    assert [row["layer"] for row in table] == list(range(len(curve)))
+    for row, x, y in zip(table, spaces["eng"], spaces["ukr"]):
+        accuracy, f1 = retrieved_oracle(x.astype(float), y.astype(float))
+        assert row["accuracy"] == pytest.approx(accuracy)
+        assert row["f1"] == pytest.approx(f1)
+    (pair,) = found["best_of_pairs"]
+    assert pair == max(table, key=lambda row: row["accuracy"])
     with flagsaver.flagsaver(workdir=str(tmp_path / "b"), **shared):
         layer_similarity.main([])
     table = pyarrow.parquet.read_table(tmp_path / "b" / "similarity.parquet")
@@ -105,6 +188,26 @@ def test_closeness_of_languages_is_tested_against_their_likeness(rng):
     cka = np.array([[1, 0.9, 0.1], [0.9, 1, 0.1], [0.1, 0.1, 1]])
     found = layer_similarity._mantel(spaces, cka, 0)
     assert found.correlation > 0.99 and 0.2 < found.p_value < 0.5  # 2 of 6 relabellings
+    # The order of a file's columns, not of the alphabet.
+    turned = {name: spaces[name] for name in "cab"}
+    other = layer_similarity._mantel(turned, np.roll(cka, 1, (0, 1)), 0)
+    assert other.correlation == pytest.approx(found.correlation)
+    with flagsaver.flagsaver(clusters=2):
+        assert layer_similarity._clusters(turned, 0) == [["a", "b"], ["c"]]
+
+
+def test_texts_that_are_all_alike_leave_no_picture_and_no_crash(tmp_path, capsys):
+    """Their debiased CKA is NaN at every layer: there is no best one."""
+    path = tmp_path / "texts.tsv"
+    lines = [f"{i}\tthe same\tever the same\tone" for i in range(6)]
+    path.write_text("\n".join(["id\ta\tb\tc", *lines]), "utf-8")
+    given = dict(parallel=str(path), models=["demo"], k=2)
+    with flagsaver.flagsaver(workdir=str(tmp_path / "run"), **given):
+        layer_similarity.main([])
+    assert "No two languages have a debiased CKA" in capsys.readouterr().out
+    found = summary(tmp_path / "run")
+    assert set(found["languages_by_layer"]["cka"]) == {None}
+    assert len(found["clusters_by_layer"][0]) == 3
 
 
 REFUSED = [

@@ -140,6 +140,40 @@ def test_bitext_keeps_only_pairs_that_choose_each_other(rng):
     assert retrieval.pair_f1(np.zeros((0, 2)), np.zeros((0, 2))) == 0
 
 
+def mined_oracle(x, y, k):
+    """Both directions by dense ratio margin, and those pairs that they agree on."""
+    cosine = unit(x) @ unit(y).T
+    margin = scores_oracle("margin_ratio", x, y, k, 1.0)
+    forward = np.where(cosine >= np.sort(cosine, 1)[:, -k][:, None], margin, -np.inf)
+    backward = np.where(cosine >= np.sort(cosine, 0)[-k], margin, -np.inf)
+    there, home = forward.argmax(1), backward.argmax(0)
+    mutual = [(i, j) for i, j in enumerate(there) if home[j] == i]
+    return sorted(mutual, key=lambda pair: -margin[pair]), margin
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_mined_pairs_are_those_that_both_directions_choose(rng, k):
+    """Weakly related spaces: many choices are not returned."""
+    x = rng.normal(size=(60, 8)) + 1
+    y = np.concatenate([x[:45] + 0.9 * rng.normal(size=(45, 8)), x[:9] + 2])
+    expected, margin = mined_oracle(x, y, k)
+    found = retrieval.mine_bitext(x, y, k=k)
+    assert 20 < len(expected) < 45  # one-sided choices are many
+    np.testing.assert_array_equal(found.pairs, expected)
+    np.testing.assert_allclose(found.margins, margin[tuple(found.pairs.T)], rtol=1e-5)
+    other = retrieval.mine_bitext(y, x, k=k)
+    assert set(map(tuple, other.pairs[:, ::-1])) == set(map(tuple, found.pairs))
+
+
+def test_pair_f1_by_hand():
+    gold = [(0, 0), (1, 1), (2, 2), (3, 3)]
+    wrong_and_right = [(0, 0), (1, 2), (3, 3), (3, 3)]  # two of three, of four
+    assert retrieval.pair_f1(wrong_and_right, gold) == pytest.approx(4 / 7)
+    assert retrieval.pair_f1([(b, a) for a, b in [(0, 1), (5, 6)]], gold) == 0
+    assert retrieval.pair_f1(gold[::-1], gold) == 1
+    assert retrieval.pair_f1([], gold) == 0 == retrieval.pair_f1(gold, [])
+
+
 def test_languages_of_a_planted_family_cluster(rng):
     roots = rng.normal(size=(2, 20))
     vectors, languages = [], []
