@@ -46,3 +46,45 @@ def agree(record_property):
         record_property(part, float(difference))
 
     return check
+
+
+@pytest.fixture
+def agree_in_gradients(agree):
+    """Asserts that the gradients of all parameters agree with those of a torch model.
+
+    `gradients` is the state that `nnx.grad` gives for `model`, a loaded checkpoint of
+    `oracle`, whose backward pass has run. Differences are relative to the largest entry
+    of the tensor, for gradients add up the noise of every position; or, where a tensor
+    has hardly any gradient (a key's bias adds the same to all scores of a query, and
+    softmax drops it), to a hundredth of the largest of all.
+    """
+    from flax import nnx
+
+    from jaxling import models
+    from jaxling.models import conversion
+
+    def check(model, gradients, oracle, atol):
+        whole = nnx.merge(nnx.graphdef(model), nnx.state(gradients))
+        family = models.FAMILIES[model.config["model_type"]]
+        ours = conversion.tensors(whole, family)
+        for name, _ in oracle.named_buffers():  # torch does not train these
+            ours.pop(name, None)
+        theirs = {
+            name: parameter.grad.numpy()
+            for name, parameter in oracle.named_parameters()
+            if parameter.grad is not None
+        }
+        if "embed_out.weight" in ours:  # the file's name of it, not the module's
+            theirs["embed_out.weight"] = theirs.pop("lm_head.weight")
+        if not set(theirs) <= set(ours):  # a model without its head has no prefix
+            prefix = oracle.base_model_prefix
+            theirs = {f"{prefix}.{name}": value for name, value in theirs.items()}
+        assert set(ours) == set(theirs)
+        largest = max(np.abs(value).max() for value in theirs.values())
+        for name, value in theirs.items():
+            own = np.abs(value).max()
+            assert own > 0, name
+            scale = max(own, 1e-2 * largest)
+            agree("gradient", ours[name] / scale, value / scale, atol)
+
+    return check

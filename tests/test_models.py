@@ -1,10 +1,13 @@
 """Decoders against transformers, layer by layer, on tiny random checkpoints."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from jaxling import models
 from jaxling.models import conversion
@@ -209,8 +212,73 @@ def test_what_is_saved_transformers_loads_to_the_same_logits(checkpoint, tmp_pat
 
 
 @ONE_OF_EACH
-def test_gradients_agree_with_transformers(checkpoint, agree):
-    """Of the mean loss, for every parameter, named as in a checkpoint."""
+def test_what_is_saved_in_several_files_transformers_loads_too(
+    checkpoint, tmp_path, monkeypatch
+):
+    path, oracle = checkpoint
+    tokens, mask = sequences()
+    monkeypatch.setattr(conversion, "SHARD", 30_000)
+    models.save(models.load(path), tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    again, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    expected = torch_run(oracle, tokens, mask)[0]
+    np.testing.assert_array_equal(torch_run(again, tokens, mask)[0], expected)
+
+
+def rewritten(path, target, change):
+    """A copy of a checkpoint in one file, its tensors changed by `change`."""
+    whole = {}
+    for shard in path.glob("*.safetensors"):
+        whole |= load_file(shard)
+    save_file(change(whole), target / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(path / "config.json", target)
+    return target
+
+
+@ONE_OF_EACH
+def test_repositories_of_a_family_differ_in_prefixes(checkpoint, tmp_path):
+    """Checkpoints of the base model alone have none."""
+    path, oracle = checkpoint
+    prefix = oracle.base_model_prefix + "."
+
+    def bare(whole):
+        return {name.removeprefix(prefix): array for name, array in whole.items()}
+
+    assert set(bare(dict.fromkeys(oracle.state_dict()))) != set(oracle.state_dict())
+    found = models.load(rewritten(path, tmp_path, bare))
+    for ours, before in zip(
+        jax.tree.leaves(found), jax.tree.leaves(models.load(path)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, before)
+
+
+@pytest.mark.parametrize("checkpoint", ["llama-tied-odd-heads"], indirect=True)
+def test_an_unembedding_that_differs_is_kept_as_in_transformers(
+    checkpoint, agree, tmp_path
+):
+    """Although the config says that it is the embedding."""
+    path, _ = checkpoint
+    table = "model.embed_tokens.weight"
+
+    def unlike(whole):
+        return whole | {"lm_head.weight": whole[table][::-1].copy()}
+
+    ours = models.load(rewritten(path, tmp_path, unlike))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    tokens, mask = sequences()
+    real = mask.astype(bool)
+    expected = torch_run(theirs, tokens, mask)[0]
+    agree("logits", ours(tokens, mask)[real], expected[real], TOLERANCE)
+    assert np.abs(models.load(path)(tokens, mask) - ours(tokens, mask)).max() > 0.1
+
+
+@ONE_OF_EACH
+def test_gradients_agree_with_transformers(checkpoint, agree_in_gradients):
     path, oracle = checkpoint
     model = models.load(path)
     tokens, mask = sequences()
@@ -222,18 +290,9 @@ def test_gradients_agree_with_transformers(checkpoint, agree):
         logits = jax.nn.log_softmax(model(tokens, mask)[:, :-1])
         return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean()
 
-    gradient = nnx.merge(nnx.graphdef(model), nnx.state(nnx.grad(loss)(model)))
-    family = models.FAMILIES[model.config["model_type"]]
-    ours = conversion.tensors(gradient, family)
     oracle.zero_grad()
     oracle(torch.tensor(tokens), labels=torch.tensor(tokens)).loss.backward()
-    theirs = {name: p.grad.numpy() for name, p in oracle.named_parameters()}
-    if "embed_out.weight" in ours:  # the file's name of it, not the module's
-        theirs["embed_out.weight"] = theirs.pop("lm_head.weight")
-    assert set(ours) == set(theirs)
-    for name, value in theirs.items():
-        assert np.abs(value).max() > 0, name
-        agree("gradient", ours[name], value, TOLERANCE)
+    agree_in_gradients(model, nnx.jit(nnx.grad(loss))(model), oracle, TOLERANCE)
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

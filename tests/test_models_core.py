@@ -36,6 +36,8 @@ POINTS = {
     "attn.hook_q": (2, 9, 4, 8),
     "attn.hook_k": (2, 9, 2, 8),
     "attn.hook_v": (2, 9, 2, 8),
+    "attn.hook_rot_q": (2, 9, 4, 8),
+    "attn.hook_rot_k": (2, 9, 2, 8),
     "attn.hook_z": (2, 9, 4, 8),
     "attn.hook_pattern": (2, 4, 9, 9),
     "mlp.hook_post": (2, 9, 48),
@@ -92,6 +94,46 @@ def test_the_points_add_up_to_the_stream(llama, everything):
         llama.embed(jnp.zeros((1, 1), int)), llama.unembed_matrix[:1][None]
     )
     assert llama.unembed_bias is None and llama.logit_softcap is None
+
+
+def test_queries_and_keys_before_and_after_their_norms_and_rotation(tokens):
+    """Step by step in float64 from the stream that enters the block."""
+    config = CONFIG | dict(model_type="qwen3", head_dim=8, num_hidden_layers=2)
+    qwen = models.build(config, jax.random.key(0))
+    attention, rng = qwen.decoder.blocks.attention, np.random.default_rng(0)
+    norms = {"q": attention.query_norm, "k": attention.key_norm}
+    for norm in norms.values():
+        norm.scale[...] = jnp.asarray(rng.normal(1, 0.2, (2, 8)), jnp.float32)
+    cache = qwen.run_with_cache(tokens, names_filter="blocks.1.*")[1]
+    cache = {name: np.asarray(cache[name], np.float64) for name in cache}
+
+    def normed(x):
+        return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
+
+    x = normed(cache["blocks.1.hook_resid_pre"])  # the block's norm scales by one
+    angle = np.arange(9)[:, None] * 10000.0 ** (-np.arange(4) / 4)
+    turned = {}
+    for name, kernel in (("q", attention.query.kernel), ("k", attention.key.kernel)):
+        before = np.einsum("bpd,dhs->bphs", x, np.asarray(kernel[1], np.float64))
+        found = cache[f"blocks.1.attn.hook_{name}"]
+        np.testing.assert_allclose(found, before, atol=1e-6)
+        after = normed(before) * np.asarray(norms[name].scale[1], np.float64)
+        after = (after[..., :4] + 1j * after[..., 4:]) * np.exp(1j * angle)[:, None]
+        turned[name] = np.concatenate([after.real, after.imag], -1)
+        found = cache[f"blocks.1.attn.hook_rot_{name}"]
+        np.testing.assert_allclose(found, turned[name], atol=1e-5)
+    scores = np.einsum("bqhs,bkhs->bhqk", turned["q"], turned["k"].repeat(2, 2))
+    weights = np.exp(scores / np.sqrt(8)) * np.tri(9)
+    pattern = weights / weights.sum(-1, keepdims=True)
+    found = cache["blocks.1.attn.hook_pattern"]
+    np.testing.assert_allclose(found, pattern, atol=1e-5)
+
+
+def test_a_family_without_rotation_has_no_rotated_queries(tokens):
+    config = dict(model_type="gpt2", vocab_size=64, n_embd=8, n_layer=1, n_head=2)
+    gpt2 = models.build(config, jax.random.key(0))
+    with pytest.raises(ValueError, match="is called attn.rot_q; it has"):
+        gpt2.run_with_cache(tokens, names_filter="attn.rot_q")
 
 
 def test_a_stack_and_its_layers_are_the_same_values(everything):
@@ -314,7 +356,20 @@ def test_packed_documents_do_not_see_each_other(llama, tokens):
         (np.full((1, 5), 2**32 + 3), None, {}, "must fit int32; got 4294967299"),
         (np.full((1, 5), -1), None, {}, r"in \[0, 64\); got -1"),
         (np.zeros((1, 33), int), None, {}, "33 positions; .* configured for 32"),
-        (np.zeros((1, 5), int), np.ones((1, 4)), {}, "`attention_mask` must have"),
+        (np.zeros((2, 0), int), None, {}, r"at least one position; got shape \(2, 0\)"),
+        (
+            np.zeros((1, 5), int),
+            np.ones((1, 4)),
+            {},
+            r"`attention_mask` must have .*, \(1, 5\); got \(1, 4\)",
+        ),
+        (
+            np.zeros((3, 2), int),
+            [[0, 1], [0, 0], [1, 1]],
+            {},
+            "real position in every row; row 1 has none",
+        ),
+        (np.zeros((1, 5), int), None, {"dtype": "int8"}, "one of floats.*; got 'int8'"),
         (
             np.zeros((1, 5), int),
             None,
@@ -326,6 +381,16 @@ def test_packed_documents_do_not_see_each_other(llama, tokens):
 def test_bad_inputs_are_named(llama, tokens, mask, extra, message):
     with pytest.raises(ValueError, match=message):
         llama(tokens, mask, **extra)
+
+
+def test_values_that_are_traced_cannot_be_checked(llama):
+    """As the docstring says: such a row means nothing, and is free of NaN."""
+    tokens = np.zeros((2, 3), int)
+    mask = np.array([[0, 0, 0], [0, 1, 1]])
+    found = jax.jit(lambda mask: llama(tokens, mask))(mask)
+    assert np.isfinite(found).all()
+    alone = llama(tokens[1:], mask[1:])
+    np.testing.assert_allclose(found[1, 1:], alone[0, 1:], atol=1e-6)
 
 
 def test_ids_that_a_jitted_function_holds_are_checked(llama, tokens):
@@ -387,6 +452,17 @@ def test_a_sequence_ends_with_its_end_token(llama, tokens):
         assert (row[first:] == end).all()
 
 
+def test_a_generation_is_compiled_once_for_its_shapes(llama, tokens):
+    def run(tokens, temperature, seed):
+        knobs = dict(max_new_tokens=3, temperature=temperature, top_p=1 - temperature)
+        return models.generate(llama, tokens, key=jax.random.key(seed), **knobs)
+
+    run(tokens, 0.1, 0)
+    compiled = generation._generate._cache_size()
+    run(63 - tokens, 0.2, 1)
+    assert generation._generate._cache_size() == compiled
+
+
 def test_samples_follow_the_probabilities(llama):
     prompt = np.full((4000, 1), 3)
     share = np.asarray(jax.nn.softmax(llama(prompt[:1])[0, -1] * 20))
@@ -434,6 +510,15 @@ def test_the_nucleus_keeps_the_likeliest():
 def test_bad_knobs_are_named(llama, tokens, knobs, message):
     with pytest.raises(ValueError, match=message):
         models.generate(llama, tokens, **knobs)
+
+
+def test_there_must_be_something_to_continue(llama, tokens):
+    with pytest.raises(ValueError, match="`tokens` must .* at least one position"):
+        models.generate(llama, tokens[:, :0], max_new_tokens=1)
+    with pytest.raises(ValueError, match="`attention_mask` .*; row 0 has none"):
+        models.generate(llama, tokens, 0 * tokens, max_new_tokens=1)
+    with pytest.raises(ValueError, match="`attention_mask` must have the shape"):
+        models.generate(llama, tokens, np.ones((2, 8)), max_new_tokens=1)
 
 
 # Reading and writing.
@@ -537,6 +622,14 @@ def test_it_is_cast_while_it_is_read(llama, saved):
             np.testing.assert_array_equal(before[...].astype(dtype), after[...])
 
 
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "half-float"])
+def test_parameters_are_floats(saved, dtype):
+    with pytest.raises(ValueError, match=f"`dtype` must be one of floats.*'{dtype}'"):
+        models.load(saved, dtype=dtype)
+    with pytest.raises(ValueError, match="`dtype` must be one of floats"):
+        models.build(CONFIG, jax.random.key(0), dtype=dtype)
+
+
 def test_bfloat16_is_saved_as_it_is(llama, saved, tmp_path):
     half = models.load(saved, dtype="bfloat16")
     models.save(half, tmp_path)
@@ -583,11 +676,23 @@ def test_prefixes_and_known_extras_are_rules(llama, saved, tmp_path, tokens):
     bare = {}
     for name, value in load_file(saved / "model.safetensors").items():
         bare |= {name: None, name.removeprefix("model."): value}
-    bare["lm_head.weight"] = np.zeros((64, 32), np.float32)  # tied: it is not read
+    bare["lm_head.weight"] = bare["embed_tokens.weight"].copy()  # tied, and stored
     bare["score.weight"] = np.zeros((2, 32), np.float32)  # a classifier's
     bare["layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
     again = models.load(rewritten(saved, tmp_path, tensors=bare))
+    assert again.unembedding is None  # stored twice, kept once
     np.testing.assert_array_equal(again(tokens), llama(tokens))
+
+
+def test_an_unembedding_of_other_values_is_kept(saved, tmp_path):
+    """Whatever the config says of ties: so does transformers."""
+    other = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    path = rewritten(saved, tmp_path, tensors={"lm_head.weight": other})
+    np.testing.assert_array_equal(models.load(path).unembed_matrix, other)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \[63, 32\]"):
+        models.load(rewritten(saved, tmp_path, tensors={"lm_head.weight": other[1:]}))
+    with pytest.raises(CheckpointError, match="missing tensors: lm_head.weight"):
+        models.load(rewritten(saved, tmp_path, config={"tie_word_embeddings": False}))
 
 
 @pytest.mark.parametrize(

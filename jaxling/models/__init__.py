@@ -41,6 +41,7 @@ from .cache import Cache as Cache
 from .config import Family, abstract
 from .generation import generate as generate
 from .model import Model as Model
+from .model import as_dtype
 
 # By the `model_type` of config.json.
 FAMILIES: dict[str, Family] = {
@@ -99,10 +100,16 @@ def load(
       mesh: spreads every parameter over these devices, each of which receives its own
         part only. Calls then run on all of them.
 
+    Tied embeddings are stored once, whatever the file holds. Where a config ties them
+    and the file holds an unembedding of other values, that one is kept, as in
+    transformers 5.
+
     Raises:
       CheckpointError: an unknown family; unhandled attributes of the config; tensors
         that are unknown, missing or of a wrong shape. The message lists the names.
+      ValueError: `dtype` is not one of floats.
     """
+    dtype = None if dtype is None else as_dtype(dtype)
     checkpoint = open_checkpoint(path_or_id, revision)
     family = family_of(checkpoint.config, str(checkpoint.path))
     return conversion.load(checkpoint, family, dtype=dtype, mesh=mesh)
@@ -117,7 +124,9 @@ def build(
 
     Raises:
       CheckpointError: an unknown family, or an attribute that is not handled.
+      ValueError: `dtype` is not one of floats.
     """
+    dtype = as_dtype(dtype)
     family = family_of(config, "config")
     empty = abstract(config, family, "config")
 

@@ -51,9 +51,8 @@ class Attention(nnx.Module):
         self.key_norm = Norm(spec, stack, kv[first:]) if spec.qk_norm else None
 
     def keys_and_values(self, x: Array) -> tuple[Array, Array]:
-        """Keys and values of `x`, `[batch, position, head, size]`, not yet rotated."""
-        k, v = self._clip(self.key(x)), self._clip(self.value(x))
-        return (k if self.key_norm is None else self.key_norm(k)), v
+        """Keys and values `[batch, position, head, size]`, not normed, not rotated."""
+        return self._clip(self.key(x)), self._clip(self.value(x))
 
     def __call__(
         self,
@@ -65,12 +64,13 @@ class Attention(nnx.Module):
         rope: tuple[Array, Array] | None = None,
         past: Past | None = None,
     ) -> tuple[Array, Past | None]:
-        q = self._clip(self.query(x))
-        q = q if self.query_norm is None else self.query_norm(q)
-        k, v = keys_and_values
-        if rope is not None:
-            q, k = positions.rotate(q, *rope), positions.rotate(k, *rope)
+        q, (k, v) = self._clip(self.query(x)), keys_and_values
         q, k, v = tap("hook_q", q), tap("hook_k", k), tap("hook_v", v)
+        q = q if self.query_norm is None else self.query_norm(q)
+        k = k if self.key_norm is None else self.key_norm(k)
+        if rope is not None:
+            q = tap("hook_rot_q", positions.rotate(q, *rope))
+            k = tap("hook_rot_k", positions.rotate(k, *rope))
         if past is not None:
             at = (0, past.start, 0, 0)
             k = lax.dynamic_update_slice(past.keys, k.astype(past.keys.dtype), at)

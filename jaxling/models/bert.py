@@ -9,7 +9,7 @@ from jaxling.checkpoints import Checkpoint
 
 from . import layers
 from .config import Family
-from .conversion import has, is_tied
+from .conversion import has
 from .encoder import Encoder, Masked
 from .rules import Alias, Ignore, Rules, Table, dense, linear_of_heads, same
 from .rules import norm as plain_norm
@@ -56,15 +56,9 @@ def spec(config: dict[str, Any]) -> Masked:
     )
 
 
-WORDS = "(bert.)embeddings.word_embeddings.weight"
-DECODER = "cls.predictions.decoder.weight"
-
-
 def amend(spec: Masked, checkpoint: Checkpoint) -> Masked:
-    return spec._replace(
-        head=has(checkpoint, "cls.predictions.transform.dense.weight"),
-        tied=is_tied(checkpoint, WORDS, DECODER),
-    )
+    head = has(checkpoint, "cls.predictions.transform.dense.weight")
+    return spec._replace(head=head)
 
 
 def norm(name: str, path: str) -> Table:

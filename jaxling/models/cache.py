@@ -17,7 +17,11 @@ both.
     blocks.{l}.hook_attn_out, hook_cross_attn_out, hook_mlp_out
                                what the part adds to the stream (after a norm on the
                                part's output, where the family has one)
-    blocks.{l}.attn.hook_q, hook_k, hook_v, hook_z   [batch, position, head, size]
+    blocks.{l}.attn.hook_q, hook_k, hook_v, hook_z   [batch, position, head, size];
+                               queries and keys as their products leave them, before
+                               norms of their own (Qwen 3, OLMo 2, Gemma 3) and rotation
+    blocks.{l}.attn.hook_rot_q, hook_rot_k   those that are multiplied, after both;
+                               absent in families without rotation
     blocks.{l}.attn.hook_pattern, cross_attn.hook_pattern   [batch, head, query, key]
     blocks.{l}.mlp.hook_post   the input of the MLP's last product
     ln_final.hook_normalized   after the final norm; of an encoder with a head for

@@ -19,6 +19,9 @@ class Family(NamedTuple):
     transformers assumes where they are absent; `fixed` are those that must have one of
     the values listed; `ignored` do not change what an inference computes. Where the
     tensors decide what the config leaves open (is there a head?), `amend` does.
+
+    Of a spec all else is the family's, but for `tied`: `rules` of a spec that is not
+    tied name the tensor of its unembedding.
     """
 
     model: Callable[..., Model]
@@ -94,20 +97,18 @@ def abstract(
     raw: Mapping[str, Any],
     family: Family,
     where: str,
-    checkpoint: Checkpoint | None = None,
+    amend: Callable[[Any], Any] = lambda spec: spec,
 ) -> Model:
     """The model that a config describes, with shapes in the place of arrays.
 
-    What the config leaves open, the tensors of the checkpoint decide.
+    What the config leaves open, `amend` decides from the tensors of a checkpoint.
 
     Raises:
       CheckpointError: the config describes no model that is handled.
     """
     config, config_json = read_config(raw, family, where), json.dumps(dict(raw))
     try:
-        spec = family.spec(config)
-        if family.amend is not None and checkpoint is not None:
-            spec = family.amend(spec, checkpoint)
+        spec = amend(family.spec(config))
         return nnx.eval_shape(lambda: family.model(spec, config_json, rngs=nnx.Rngs(0)))
     except KeyError as error:
         raise CheckpointError(f"{where}: {error} is missing.") from error

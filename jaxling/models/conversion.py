@@ -43,7 +43,13 @@ def load(
     mesh: Mesh | None = None,
 ) -> Model:
     """The model of a checkpoint; see `jaxling.models.load`."""
-    model = abstract(checkpoint.config, family, str(checkpoint.path), checkpoint)
+
+    def amend(spec: Any) -> Any:
+        spec = spec if family.amend is None else family.amend(spec, checkpoint)
+        untied = family.rules(spec._replace(tied=False))
+        return spec._replace(tied=spec.tied and is_tied(checkpoint, untied))
+
+    model = abstract(checkpoint.config, family, str(checkpoint.path), amend)
     graph, state = nnx.split(model)
     shapes = {
         ".".join(map(str, path)): tuple(value.shape)
@@ -210,13 +216,17 @@ def has(checkpoint: Checkpoint, template: str) -> bool:
     return _named(checkpoint, template) is not None
 
 
-def is_tied(checkpoint: Checkpoint, embedding: str, unembedding: str) -> bool:
-    """Whether the unembedding is the embedding, by the tensors of these templates.
+def is_tied(checkpoint: Checkpoint, untied: Rules) -> bool:
+    """Whether the unembedding can be the embedding, by the rules of an untied spec.
 
-    Old files store tied matrices twice, and configs are wrong about it both ways: what
-    is stored decides, the values where there are two.
+    Old files store tied matrices twice, and configs call matrices tied that are not:
+    what is stored decides, the values where there are two. So does transformers 5.
     """
-    first, second = _named(checkpoint, embedding), _named(checkpoint, unembedding)
+    templates = {rule.paths: t for t, rule in untied.items() if isinstance(rule, Rule)}
+    if ("unembedding",) not in templates:
+        return True
+    first = _named(checkpoint, templates["embedding",])
+    second = _named(checkpoint, templates["unembedding",])
     return first is None or second is None or _equal(checkpoint, first, second)
 
 

@@ -75,11 +75,8 @@ class Decoder(model.Model):
     ) -> None:
         model.check_length(tokens.shape[1], self.spec.length, "tokens")
         model.check_ids(tokens, self.spec.vocabulary, "tokens")
-        if segment_ids is not None and segment_ids.shape != tokens.shape:
-            raise ValueError(
-                f"`segment_ids` must have the shape of the tokens, {tokens.shape};"
-                f" got {segment_ids.shape}."
-            )
+        if segment_ids is not None:
+            model.check_shape(segment_ids, tokens, "segment_ids")
 
     def forward(
         self,

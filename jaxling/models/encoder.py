@@ -119,11 +119,8 @@ class Encoder(model.Model):
         model.check_ids(tokens, self.spec.vocabulary, "tokens")
         given = {"token_type_ids": token_type_ids, "segment_ids": segment_ids}
         for name, ids in given.items():
-            if ids is not None and ids.shape != tokens.shape:
-                raise ValueError(
-                    f"`{name}` must have the shape of the tokens, {tokens.shape};"
-                    f" got {ids.shape}."
-                )
+            if ids is not None:
+                model.check_shape(ids, tokens, name)
         if token_type_ids is not None:
             model.check_ids(token_type_ids, self.spec.token_types, "token_type_ids")
 

@@ -14,27 +14,25 @@ from .config import Family
 from .decoder import Decoder, Language
 from .rules import Rules
 
-GEMMA2 = {
-    name: value
-    for name, value in llama.ATTRIBUTES.items()
-    if name not in ("mlp_bias", "hidden_act")
-} | {
-    "vocab_size": 256000,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "layer_types": None,
-    "final_logit_softcapping": 30.0,
-    "attn_logit_softcapping": 50.0,
-}
+GEMMA2 = llama.attributes(
+    "mlp_bias",
+    "hidden_act",
+    vocab_size=256000,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    hidden_activation="gelu_pytorch_tanh",
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+    query_pre_attn_scalar=256,
+    sliding_window=4096,
+    layer_types=None,
+    final_logit_softcapping=30.0,
+    attn_logit_softcapping=50.0,
+)
 GEMMA3 = GEMMA2 | {
     "vocab_size": 262208,
     "max_position_embeddings": 131072,

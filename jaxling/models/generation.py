@@ -43,8 +43,8 @@ def generate(
       new ones follow the padding.
 
     Raises:
-      ValueError: more positions than the model is configured for, or a knob out of
-        range.
+      ValueError: more positions than the model is configured for, a prompt or a row of
+        the mask without a token, or a knob out of range.
     """
     new = operator.index(max_new_tokens)
     if new < 1:

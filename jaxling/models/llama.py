@@ -40,6 +40,13 @@ ATTRIBUTES = {
     "mlp_bias": False,
 }
 
+
+def attributes(*absent: str, **others: Any) -> dict[str, Any]:
+    """A relative's: Llama's without those it does not have, and with others."""
+    own = {name: value for name, value in ATTRIBUTES.items() if name not in absent}
+    return own | others
+
+
 # What tensor parallelism did to the products in training; not their values.
 FIXED = {"pretraining_tp": (None, 1)}
 

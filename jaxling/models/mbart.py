@@ -12,7 +12,7 @@ from jaxling.checkpoints import Checkpoint
 
 from . import layers
 from .config import Family
-from .conversion import has, is_tied
+from .conversion import has
 from .encoder_decoder import EncoderDecoder, Pair
 from .rules import (
     Alias,
@@ -67,7 +67,7 @@ IGNORED = (
     "tie_word_embeddings", "classif_dropout", "num_hidden_layers", "_num_labels",
     "save_step",
 )  # fmt: skip
-EMBEDDING, UNEMBEDDING = "(model.)shared.weight", "lm_head.weight"
+EMBEDDING = "(model.)shared.weight"
 
 
 def stack(config: dict[str, Any], side: str) -> layers.Spec:
@@ -106,16 +106,13 @@ def spec_m2m(config: dict[str, Any]) -> Pair:
 
 
 def amend(spec: Pair, checkpoint: Checkpoint) -> Pair:
-    return spec._replace(
-        tied=is_tied(checkpoint, EMBEDDING, UNEMBEDDING),
-        unembed_bias=has(checkpoint, "final_logits_bias"),
-    )
+    return spec._replace(unembed_bias=has(checkpoint, "final_logits_bias"))
 
 
 def rules(spec: Pair) -> Rules:
     table: Table = {
         EMBEDDING: same("embedding"),
-        **unembedding(UNEMBEDDING, spec.tied),
+        **unembedding("lm_head.weight", spec.tied),
     }
     if spec.unembed_bias:
         table["final_logits_bias"] = Rule(

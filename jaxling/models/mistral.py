@@ -6,16 +6,14 @@ from . import llama
 from .config import Family
 from .decoder import Decoder, Language
 
-ATTRIBUTES = {
-    name: value
-    for name, value in llama.ATTRIBUTES.items()
-    if name not in ("attention_bias", "mlp_bias")
-} | {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
+ATTRIBUTES = llama.attributes(
+    "attention_bias",
+    "mlp_bias",
+    intermediate_size=14336,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    sliding_window=4096,
+)
 
 
 def spec(config: dict[str, Any]) -> Language:

@@ -24,6 +24,10 @@ class Model(nnx.Module):
     may stand on either side. `dtype` is the dtype to compute in; that of the parameters
     where not given, so that float32 parameters can be trained with bfloat16 products.
     Calls are compiled once for each shape, and can be traced by jit, grad and vmap.
+
+    Shapes, dtypes and lengths are checked in every call, values (ids out of range, rows
+    of the mask without a token) where they are concrete: inside jit or vmap, what is
+    traced cannot be looked at; such an id is clamped, and such a row means nothing.
     """
 
     spec: Any  # the family's; hashable
@@ -155,7 +159,7 @@ class Model(nnx.Module):
             else jax.tree_util.Partial(hook)
             for name, hook in hooks.items()
         }
-        dtype = None if dtype is None else jnp.dtype(dtype)
+        dtype = None if dtype is None else as_dtype(dtype)
         graph, parameters = nnx.split(self)
         return _forward(
             graph, parameters, tokens, mask, hooks, inputs, names=names, dtype=dtype
@@ -172,11 +176,28 @@ def _forward(graph, parameters, tokens, mask, hooks, inputs, *, names, dtype):
     return logits, taps.finish()
 
 
+def as_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """A dtype of parameters; ValueError where it is not one of floats."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(
+            '`dtype` must be one of floats, such as "float32" or "bfloat16"; got'
+            f" {dtype!r:.80}."
+        )
+    return found
+
+
 def as_tokens(tokens: ArrayLike, name: str) -> Array:
     """Ids as int32 `[batch, position]`; one sequence of ids is refused, not guessed."""
     shape = np.shape(tokens)
-    if len(shape) != 2:
-        raise ValueError(f"`{name}` must be [batch, position]; got shape {shape}.")
+    if len(shape) != 2 or not shape[1]:
+        raise ValueError(
+            f"`{name}` must be [batch, position] with at least one position; got shape"
+            f" {shape}."
+        )
     tokens = as_array(tokens, name)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"`{name}` must be integers; got {tokens.dtype}.")
@@ -197,15 +218,30 @@ def as_array(values: ArrayLike, name: str) -> Array:
 
 
 def as_mask(mask: ArrayLike | None, tokens: Array, name: str) -> Array:
-    """True at real tokens, `[batch, position]`; all True where no mask is given."""
+    """True at real tokens, `[batch, position]`; all True where no mask is given.
+
+    A row without a real token is an error where the mask is concrete.
+    """
     if mask is None:
         return jnp.ones(tokens.shape, bool)
-    if np.shape(mask) != tokens.shape:
-        raise ValueError(
-            f"`{name}` must have the shape of the tokens, {tokens.shape};"
-            f" got {np.shape(mask)}."
-        )
+    check_shape(mask, tokens, name)
+    if not isinstance(mask, jax.core.Tracer):
+        seen = (np.asarray(mask) != 0).any(axis=1)
+        if not seen.all():
+            raise ValueError(
+                f"`{name}` must have a real position in every row; row"
+                f" {int(seen.argmin())} has none."
+            )
     return jnp.asarray(mask) != 0
+
+
+def check_shape(values: ArrayLike, tokens: Array, name: str) -> None:
+    """ValueError for what says something of every token and is not of their shape."""
+    if np.shape(values) != tokens.shape:
+        raise ValueError(
+            f"`{name}` must have the shape of the tokens, {tokens.shape}; got"
+            f" {np.shape(values)}."
+        )
 
 
 def check_ids(tokens: Array, vocabulary: int, name: str) -> None:

@@ -11,14 +11,8 @@ from .config import Family
 from .decoder import Decoder, Language
 from .rules import Rules
 
-OLMO = {
-    name: value
-    for name, value in llama.ATTRIBUTES.items()
-    if name not in ("mlp_bias", "rms_norm_eps")
-} | {"vocab_size": 50304, "clip_qkv": None}
-OLMO2 = {name: value for name, value in OLMO.items() if name != "clip_qkv"} | {
-    "rms_norm_eps": 1e-5
-}
+OLMO = llama.attributes("mlp_bias", "rms_norm_eps", vocab_size=50304, clip_qkv=None)
+OLMO2 = llama.attributes("mlp_bias", vocab_size=50304, rms_norm_eps=1e-5)
 NORMS2 = {
     "attention_output_norm": "post_attention_layernorm",
     "mlp_output_norm": "post_feedforward_layernorm",

@@ -10,20 +10,18 @@ from . import layers, llama
 from .config import Family
 from .decoder import Decoder, Language
 
-QWEN2 = {
-    name: value
-    for name, value in llama.ATTRIBUTES.items()
-    if name not in ("attention_bias", "mlp_bias")
-} | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-    "layer_types": None,
-}
+QWEN2 = llama.attributes(
+    "attention_bias",
+    "mlp_bias",
+    vocab_size=151936,
+    intermediate_size=22016,
+    num_key_value_heads=32,
+    max_position_embeddings=32768,
+    use_sliding_window=False,
+    sliding_window=4096,
+    max_window_layers=28,
+    layer_types=None,
+)
 QWEN3 = QWEN2 | {"head_dim": 128, "attention_bias": False}
 
 

@@ -11,7 +11,7 @@ from jaxling.checkpoints import Checkpoint
 
 from . import bert
 from .config import Family
-from .conversion import has, is_tied
+from .conversion import has
 from .encoder import Encoder, Masked
 from .rules import Rules, dense
 
@@ -32,7 +32,6 @@ ATTRIBUTES_XL = {
     "type_vocab_size": 1,
     "layer_norm_eps": 1e-5,
 }
-WORDS = "(roberta.)embeddings.word_embeddings.weight"
 
 
 def spec(config: dict[str, Any]) -> Masked:
@@ -57,10 +56,7 @@ def spec_xl(config: dict[str, Any]) -> Masked:
 
 
 def amend(spec: Masked, checkpoint: Checkpoint) -> Masked:
-    return spec._replace(
-        head=has(checkpoint, "lm_head.dense.weight"),
-        tied=is_tied(checkpoint, WORDS, "lm_head.decoder.weight"),
-    )
+    return spec._replace(head=has(checkpoint, "lm_head.dense.weight"))
 
 
 def rules(spec: Masked) -> Rules:

@@ -107,7 +107,7 @@ def norm(name: str, path: str) -> Table:
 
 
 def unembedding(name: str, tied: bool) -> Table:
-    """The rule of the unembedding, which files may hold although it is tied."""
+    """The rule of the unembedding, of which files may hold a copy where it is tied."""
     rule = Ignore("tied: it is the embedding") if tied else same("unembedding")
     return {name: rule}
 

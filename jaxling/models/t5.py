@@ -7,11 +7,8 @@ umT5 learns the bias in every block, the others in the first block for all.
 
 from typing import Any
 
-from jaxling.checkpoints import Checkpoint
-
 from . import layers
 from .config import Family
-from .conversion import is_tied
 from .encoder_decoder import EncoderDecoder, Pair
 from .rules import (
     Alias,
@@ -119,10 +116,6 @@ def spec_umt5(config: dict[str, Any]) -> Pair:
     return spec(config, per_layer=True)
 
 
-def amend(spec: Pair, checkpoint: Checkpoint) -> Pair:
-    return spec._replace(tied=is_tied(checkpoint, "shared.weight", "lm_head.weight"))
-
-
 def rules(spec: Pair) -> Rules:
     table: Table = {
         "shared.weight": same("embedding"),
@@ -165,6 +158,6 @@ def stack_rules(name: str, stack: layers.Spec) -> Table:
     return table
 
 
-FAMILY = Family(EncoderDecoder, ATTRIBUTES, FIXED, spec, rules, IGNORED, ALIASES, amend)
+FAMILY = Family(EncoderDecoder, ATTRIBUTES, FIXED, spec, rules, IGNORED, ALIASES)
 FAMILY_MT5 = FAMILY._replace(attributes=ATTRIBUTES_MULTILINGUAL, spec=spec_mt5)
 FAMILY_UMT5 = FAMILY_MT5._replace(spec=spec_umt5)
