@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -111,6 +112,20 @@ def test_the_name_kernels_is_left_to_its_owner(tmp_path, installed):
         """
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=dict(os.environ))
+
+
+def test_the_readme_counts_the_lines_of_the_families():
+    """`name lines, name lines`: all files that define a family, the shortest first."""
+    lines = {
+        path.stem: len(path.read_text("utf-8").splitlines())
+        for path in (ROOT / "jaxling" / "models").glob("*.py")
+        if re.search(r"^FAMILY\w* = ", path.read_text("utf-8"), re.MULTILINE)
+    }
+    assert len(lines) > 10
+    counted = sorted((count, name) for name, count in lines.items())
+    text = ", ".join(f"{name} {count}" for count, name in counted)
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert f"Lines: {text}." in readme
 
 
 def test_the_readme_lists_the_experiments_as_they_describe_themselves():
