@@ -206,11 +206,11 @@ def train_tuned_lens(
     translators, losses = None, []
     for batch in batches:
         tokens, mask, inputs = Batch(*batch)
-        inputs = dict(inputs or {})
-        _, cache = model.run_with_cache(tokens, mask, names_filter=(name,), **inputs)
+        further: dict[str, Any] = dict(inputs or {})
+        _, cache = model.run_with_cache(tokens, mask, names_filter=(name,), **further)
         if stack == "decoder.":
-            said = inputs["decoder_tokens"]
-            mask = inputs.get("decoder_attention_mask", np.ones(np.shape(said)))
+            said = further["decoder_tokens"]
+            mask = further.get("decoder_attention_mask", np.ones(np.shape(said)))
         hidden = cache[name].astype(jnp.float32)
         if translators is None:
             depth, d = hidden.shape[0] - 1, hidden.shape[-1]
@@ -261,12 +261,14 @@ def training_batches(
     rng = np.random.default_rng(seed)
     for _ in range(steps):
         chosen = [known[i] for i in rng.integers(len(known), size=batch)]
-        read, *said = (_padded(column, length) for column in zip(*chosen))
+        (tokens, mask), *behind = (_padded(column, length) for column in zip(*chosen))
         names = "decoder_tokens", "decoder_attention_mask"
-        yield Batch(*read, dict(zip(names, said[0])) if said else None)
+        yield Batch(tokens, mask, dict(zip(names, behind[0])) if behind else None)
 
 
-def _padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, ...]:
+def _padded(
+    rows: Sequence[Sequence[int]], length: int
+) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.zeros((len(rows), length), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, own in enumerate(rows):

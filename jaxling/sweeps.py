@@ -219,6 +219,7 @@ def _wait_for_all() -> None:
     from jax._src import distributed
 
     client = distributed.global_state.client
+    assert client is not None, "a process alone has no others to wait for"
     client.wait_at_barrier(f"jaxling.sweeps {next(_meetings)}", 30 * 24 * 3600 * 1000)
 
 
@@ -271,7 +272,7 @@ def _band(task: _Task, first: int, best: _Lists) -> Iterator[int]:
     for group, others in _visits(task, first, groups, devices):
         # An accelerator goes on by itself: all are at work before one is waited for.
         each = zip(group, others, new)
-        found = [bring(task, first, at, *panels, best) for at, *panels in each]
+        found = [bring(task, first, at, a, b, best) for at, a, b in each]
         for at, merge in zip(group, found):
             merge()
             yield _cost(task, first, at)
@@ -279,7 +280,7 @@ def _band(task: _Task, first: int, best: _Lists) -> Iterator[int]:
 
 def _visits(
     task: _Task, first: int, groups: Sequence[list[int]], devices: list[jax.Device]
-) -> Iterator[tuple[list[int], list[jax.Array]]]:
+) -> Iterator[tuple[list[int], list[jax.Array | None]]]:
     """The panels of each group, one on each device; the next ones are on their way."""
 
     def put(start: int, device: jax.Device) -> jax.Array | None:

@@ -131,9 +131,9 @@ def fit_logistic(
 def _concrete(x: ArrayLike) -> np.ndarray:
     if isinstance(x, jax.core.Tracer):
         raise ValueError("`x` must be concrete where there is a `mesh`; it is traced.")
-    x = meshes.on_host(x)
-    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-    return x if x.dtype == dtype else x.astype(dtype)
+    held = meshes.on_host(x)
+    dtype = jax.dtypes.canonicalize_dtype(held.dtype)
+    return held if held.dtype == dtype else held.astype(dtype)
 
 
 class _Unit(NamedTuple):
@@ -296,7 +296,7 @@ def _numbered_by_use(problems: Problems, d: int) -> tuple[Problems, np.ndarray |
     return problems._replace(tiles=tuple(tiles)), used
 
 
-def _check_finite(x: ArrayLike) -> None:
+def _check_finite(x: Array | np.ndarray) -> None:
     """Raises ValueError naming the first row that holds NaN or Inf, if any does."""
     if isinstance(x, jax.core.Tracer) or np.isfinite(x.sum(dtype=np.float32)):
         return

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 AXIS = "rows"
@@ -66,7 +67,8 @@ def share(
         return jax.device_put(filled(x), sharding)
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, "every device has a part"
         found = np.asarray(x[index], dtype)
         size = [len(range(*one.indices(n))) for one, n in zip(index, shape)]
         whole = np.full(size, fill, dtype)
@@ -88,12 +90,20 @@ def deal(parts: Sequence[Any], mesh: Mesh) -> Array:
         for i, (part, device) in enumerate(zip(parts, mesh.devices))
         if device.process_index == process
     }
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, "every device has a part"
+        return mine[index[0].start or 0][None]
+
     shape = next(iter(mine.values())).shape
     return jax.make_array_from_callback(
-        (mesh.size, *shape),
-        NamedSharding(mesh, ROWS),
-        lambda index: mine[index[0].start or 0][None],
+        (mesh.size, *shape), NamedSharding(mesh, ROWS), read
     )
+
+
+def array(x: ArrayLike) -> Array | np.ndarray:
+    """`x` as it is where it is an array: a memory map stays one."""
+    return x if isinstance(x, jax.Array | np.ndarray) else jnp.asarray(x)
 
 
 def on_host(x: Any) -> Any:

@@ -117,10 +117,8 @@ def project_layers(
     """
     if mesh is None:
         hidden, unembed = jnp.asarray(hidden), jnp.asarray(unembed)
-    else:  # a memory map stays one
-        hidden, unembed = (
-            x if hasattr(x, "dtype") else jnp.asarray(x) for x in (hidden, unembed)
-        )
+    else:
+        hidden, unembed = meshes.array(hidden), meshes.array(unembed)
     if hidden.ndim != 3 or unembed.ndim != 2 or 0 in unembed.shape:
         raise ValueError(
             "`hidden` must be [layer, n, d] and `unembed` [vocab, d];"
@@ -392,7 +390,7 @@ def _ringed(
 def _joined(a: dict, b: dict) -> dict:
     """The carry of two disjoint parts of the vocabulary."""
     top = jnp.maximum(a["max"], b["max"])
-    new = {"max": top}
+    new: dict[str, Any] = {"max": top}
     shrinks = [jnp.exp(carry["max"] - top) for carry in (a, b)]
     for name in ("sum", "weighted", "mass"):
         if name in a:

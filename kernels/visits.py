@@ -33,6 +33,7 @@ def _blocks(keys: Any, block: int) -> Iterator[tuple[int, jax.Array]]:
         # The one before is dropped here, before another one is put.
         present, ahead = ahead, None
         ahead = next(coming, None)
+        assert present is not None, "one for each start"
         yield first, present
         del present
 

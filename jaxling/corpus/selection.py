@@ -51,7 +51,7 @@ def commonest(
     return order[counts[order] > 1]
 
 
-def token_nodes(tokens: Sequence[int]) -> Terms:
+def token_nodes(tokens: Sequence[int] | np.ndarray) -> Terms:
     """Terms of one token each, to be counted by a `Plan` with `pairs`."""
     ids = [int(token) for token in tokens]
     return Terms(tuple(map(str, ids)), tuple(((token,),) for token in ids), "tokens")
@@ -127,7 +127,9 @@ def pivot_set(of: Graph, size: int) -> np.ndarray:
 
 
 def share_of(
-    documents: Sequence[np.ndarray], chosen: Sequence[int], vocabulary: int
+    documents: Sequence[np.ndarray],
+    chosen: Sequence[int] | np.ndarray,
+    vocabulary: int,
 ) -> np.ndarray:
     """`[document]`: the share of a document's tokens that are among `chosen`.
 
@@ -145,7 +147,7 @@ def joined_share(
     of: Graph,
     vocabulary: int,
     *,
-    without: Sequence[int] = (),
+    without: Sequence[int] | np.ndarray = (),
 ) -> np.ndarray:
     """`[document]`: the share of the pairs of a document's tokens that are edges.
 
