@@ -336,11 +336,14 @@ def test_all_copies_of_a_shared_matrix_may_be_there(tmp_path):
     assert checkpoint.output_embeddings() == "lm_head.weight"
 
 
-def test_the_config_decides_what_is_tied(tmp_path):
+def test_the_config_decides_what_is_tied_unless_values_differ(tmp_path):
     names = ["model.embed_tokens.weight", "lm_head.weight"]
     assert write_family(tmp_path, "llama", names).output_embeddings() == names[1]
     tied = write_family(tmp_path, "llama", names, tie_word_embeddings=True)
     assert tied.output_embeddings() == names[0]
+    unlike = {names[0]: np.zeros((4, 3)), names[1]: np.eye(4, 3)}
+    save_numpy(unlike, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path).output_embeddings() == names[1]
     nested = write_family(
         tmp_path, "gemma3", names, text_config={"tie_word_embeddings": True}
     )

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -142,6 +143,18 @@ class Checkpoint:
             known.update(np.ascontiguousarray(self.read(name, rows)).tobytes())
         return known.hexdigest()
 
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two matrices or vectors are the same, byte by byte."""
+        shape = self.shape(first)
+        if shape != self.shape(second):
+            return False
+        step = max(1, 2**22 // max(1, math.prod(shape[1:])))
+        return all(
+            self.read(first, rows).tobytes() == self.read(second, rows).tobytes()
+            for start in range(0, shape[0], step)
+            for rows in [slice(start, start + step)]
+        )
+
     def input_embeddings(self, tensor: str | None = None) -> str:
         """Name of the token embedding matrix, `[vocab, d]`.
 
@@ -159,6 +172,8 @@ class Checkpoint:
     def output_embeddings(self, tensor: str | None = None) -> str:
         """Name of the unembedding matrix, `[vocab, d]`; where tied, the input's.
 
+        A matrix of its own that differs is not tied, whatever the config says.
+
         Raises:
           CheckpointError: the family is unknown, or the model has no output head.
         """
@@ -167,7 +182,7 @@ class Checkpoint:
         family = self._family()
         own = embeddings.matching(family.outputs, self._files)
         ties = embeddings.tied(self.config)
-        if own and not ties:
+        if own and not (ties and self.equal(self._one(own), self.input_embeddings())):
             return self._one(own)
         if (
             family.head

@@ -94,7 +94,7 @@ def _plan(
             assert isinstance(rule, Rule), f"{alias} is of no tensor that is read"
             if layer in plan[rule.paths[0]]:
                 original = plan[rule.paths[0]][layer].tensor
-                if alias.copy and not _equal(checkpoint, tensor, original):
+                if alias.copy and not checkpoint.equal(tensor, original):
                     wrong.append(f"{tensor} is a copy of {original} and differs")
                 continue
         if not jnp.issubdtype(checkpoint.dtype(tensor), jnp.floating):
@@ -227,21 +227,7 @@ def is_tied(checkpoint: Checkpoint, untied: Rules) -> bool:
         return True
     first = _named(checkpoint, templates["embedding",])
     second = _named(checkpoint, templates["unembedding",])
-    return first is None or second is None or _equal(checkpoint, first, second)
-
-
-def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """Whether two matrices or vectors are the same, byte by byte."""
-    shape = checkpoint.shape(first)
-    if shape != checkpoint.shape(second):
-        return False
-    step = max(1, 2**22 // max(1, math.prod(shape[1:])))
-    return all(
-        checkpoint.read(first, rows).tobytes()
-        == checkpoint.read(second, rows).tobytes()
-        for start in range(0, shape[0], step)
-        for rows in [slice(start, start + step)]
-    )
+    return first is None or second is None or checkpoint.equal(first, second)
 
 
 def _named(checkpoint: Checkpoint, template: str) -> str | None:
