@@ -89,6 +89,19 @@ def test_the_packaged_lexicon_is_what_is_mined(mined, tmp_path):
         assert 0.35 < sizes[0] / sum(sizes) < 0.65
 
 
+def test_the_cards_count_the_pairs_of_the_word_prompts(mined):
+    pairs = {
+        (languages, pair)
+        for languages, known in lexicons.training_pairs(mined).items()
+        if languages not in documents.UNSEEN_PAIRS
+        for pair in known
+    }
+    for name in ("demo", "demo-small"):
+        path = tokenizer.PACKAGED.parents[1] / name / "README.md"
+        card = " ".join(path.read_text("utf-8").split())
+        assert f"out of {len(pairs):,} associated pairs of words" in card
+
+
 def test_no_concept_is_in_two_splits():
     for language in demo.LANGUAGES:
         found = {}

@@ -8,13 +8,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-from jaxling import demo, models, training
+from jaxling import demo, models, training, vocabulary, writing_systems
 from jaxling.demo import evaluation, tokenizer
 from jaxling.experiments import demo_materials, demo_models
 
@@ -148,6 +149,26 @@ def test_the_card_says_what_was_measured(name):
     assert plain.count(f"Score {pooled['score']['mean']:.4f}") == 2
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_counts_the_tokens(name):
+    card = " ".join((FOLDER / name / "README.md").read_text("utf-8").split())
+    words = vocabulary.load_vocabulary(name)
+    assert f"## Tokens {len(words.tokens):,}, " in card
+    for heading, labels in (
+        (
+            "Scripts with at least 500 tokens",
+            writing_systems.writing_systems(words.tokens, words.special),
+        ),
+        (
+            "Categories as Hyperpolyglot LLMs counts them",
+            writing_systems.unicode_categories(words.strings),
+        ),
+    ):
+        counts = Counter(labels).most_common()
+        expected = ", ".join(f"{label} {n:,}" for label, n in counts if n >= 500)
+        assert f"{heading}: {expected}." in card
+
+
 def test_the_card_compares_the_seeds():
     card = (FOLDER / "demo" / "README.md").read_text("utf-8")
     expected = {}
@@ -208,8 +229,9 @@ def test_the_materials_are_of_no_other_model(parsed, tmp_path, flag):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_card_begin_as_the_packaged_model_did(tmp_path):
-    card = (FOLDER / "demo" / "README.md").read_text("utf-8")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_commands_of_the_card_begin_as_the_packaged_model_did(name, tmp_path):
+    card = (FOLDER / name / "README.md").read_text("utf-8")
     block = re.search(r"    export (\w+)=(\S+)\n(.*?)\n\n", card, re.DOTALL)
     environment = os.environ | {block[1]: block[2], "JAX_PLATFORMS": "cpu"}
     commands = " ".join(block[3].split()).split("python -m ")[1:]
@@ -222,7 +244,10 @@ def test_the_commands_of_the_card_begin_as_the_packaged_model_did(tmp_path):
         subprocess.run(
             [sys.executable, "-m", *argv, *more], cwd=ROOT, env=environment, check=True
         )
-    _, losses = training.loss_curve(tmp_path / "demo")
-    recorded = record(FOLDER / "demo" / "training.json")["losses"]
+    _, losses = training.loss_curve(tmp_path / name)
+    recorded = record(FOLDER / name / "training.json")["losses"]
     # Float32 rounding of another thread count, grown over ten steps.
     np.testing.assert_allclose(losses, recorded[:10], rtol=2e-3)
+    made = record(tmp_path / f"{name}-materials" / "summary.json")
+    scripts = made["neighbour_scripts_before_training"]
+    assert f"the first weights have {scripts:.1f}," in " ".join(card.split())

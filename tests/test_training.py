@@ -17,6 +17,7 @@ import training_run
 from jax.sharding import Mesh
 
 from jaxling import models, training
+from jaxling.models.decoder import Decoder
 from jaxling.training import packing, recipe, steps
 
 CONFIG, RECIPE = training_run.CONFIG, training_run.RECIPE
@@ -357,6 +358,89 @@ def test_transformers_opens_the_export_with_the_same_logits(file, tmp_path):
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
     np.testing.assert_allclose(model(tokens), expected, atol=5e-5)
+
+
+NARROW = dict(
+    vocab_size=97,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+)
+GROUPED = dict(NARROW, num_key_value_heads=1, head_dim=8)
+WINDOWS = dict(GROUPED, sliding_window=4)
+FAMILIES = {
+    "bloom": dict(vocab_size=97, hidden_size=16, n_layer=2, n_head=2),
+    "gemma2": dict(WINDOWS, query_pre_attn_scalar=8, final_logit_softcapping=2.0),
+    "gemma3_text": dict(WINDOWS, query_pre_attn_scalar=8),
+    "gpt2": dict(vocab_size=97, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "gpt_neox": NARROW,
+    "llama": GROUPED,
+    "mistral": WINDOWS,
+    "olmo": dict(NARROW, num_key_value_heads=1),
+    "olmo2": dict(NARROW, num_key_value_heads=1),
+    "qwen2": dict(NARROW, num_key_value_heads=1),
+    "qwen3": GROUPED,
+    "xglm": dict(
+        vocab_size=97,
+        d_model=16,
+        ffn_dim=24,
+        num_layers=2,
+        attention_heads=2,
+        max_position_embeddings=64,
+    ),
+}
+
+
+# A slope for a position and a norm of the embedding; soft caps, windows and norms on
+# both sides; learned positions and biases.
+ALWAYS = ("bloom", "gemma2", "gpt2")
+
+
+def test_no_family_of_decoders_is_forgotten():
+    decoders = {
+        name for name, family in models.FAMILIES.items() if family.model is Decoder
+    }
+    assert decoders == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
+def test_every_family_trains_and_transformers_opens_it(tmp_path, family):
+    """Packed rows have the loss that transformers has on each document alone."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    texts = [[(k + 1) * 5**i % 97 for i in range(4 + k)] for k in range(8)]
+    file = training.write_tokens(tmp_path / "tokens", texts, vocabulary_size=97)
+    settings = RECIPE._replace(
+        steps=2, batch=2, length=24, warmup_steps=0, learning_rate=1e-2, rates=()
+    )
+    config = {"model_type": family, **FAMILIES[family]}
+    model = models.build(config, jax.random.key(0))
+    before = training.evaluate(model, file, settings)
+    outcome = run(model, file, tmp_path / "run", settings, evaluations={"all": file})
+    after = outcome.evaluations["all"]
+    assert np.isfinite(after.loss) and after.loss < before.loss - 0.01
+    models.save(model, tmp_path / "export")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", dtype=torch.float32, attn_implementation="eager"
+    )
+    loss = 0.0
+    with torch.no_grad():
+        for text in texts:
+            ids = torch.tensor([text])
+            logits = theirs(ids).logits[0]
+            loss += torch.nn.functional.cross_entropy(
+                logits[:-1], ids[0, 1:], reduction="sum"
+            ).item()
+    np.testing.assert_allclose(after.loss, loss / after.targets, atol=5e-5)
+    np.testing.assert_allclose(model(np.array([texts[-1]]))[0], logits, atol=5e-5)
 
 
 # Recipes.
