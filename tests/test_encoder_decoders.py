@@ -6,8 +6,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoint_files import rewritten
 from flax import nnx
-from safetensors.numpy import load_file, save_file
 
 from jaxling import models
 from jaxling.checkpoints import CheckpointError
@@ -231,17 +231,6 @@ def test_a_generation_goes_on_from_given_tokens(build):
     np.testing.assert_array_equal(found[:, :2], given)
     logits = model(tokens, mask, decoder_tokens=found[:, :-1])
     np.testing.assert_array_equal(found[:, 2:], logits.argmax(-1)[:, 1:])
-
-
-def rewritten(path, target, change):
-    """A copy of a checkpoint in one file, its tensors changed by `change`."""
-    whole = {}
-    for shard in path.glob("*.safetensors"):
-        whole |= load_file(shard)
-    target.mkdir()
-    save_file(change(whole), target / "model.safetensors", metadata={"format": "pt"})
-    (target / "config.json").write_text((path / "config.json").read_text())
-    return target
 
 
 def test_old_files_store_the_tied_matrix_up_to_four_times(tmp_path, build):

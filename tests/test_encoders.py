@@ -8,8 +8,8 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoint_files import rewritten
 from flax import nnx
-from safetensors.numpy import load_file, save_file
 
 from jaxling import models
 from jaxling.checkpoints import CheckpointError
@@ -190,17 +190,6 @@ def test_gradients_agree_with_transformers(case, build, agree_in_gradients):
         total = total + (each * torch.tensor(weights[row, real]).float()).sum()
     total.backward()
     agree_in_gradients(model, gradients, oracle, TOLERANCE)
-
-
-def rewritten(path, target, change):
-    """A copy of a checkpoint in one file, its tensors changed by `change`."""
-    whole = {}
-    for shard in path.glob("*.safetensors"):
-        whole |= load_file(shard)
-    target.mkdir()
-    save_file(change(whole), target / "model.safetensors", metadata={"format": "pt"})
-    (target / "config.json").write_text((path / "config.json").read_text())
-    return target
 
 
 def test_repositories_of_a_family_differ_in_names(tmp_path, build):

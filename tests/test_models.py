@@ -1,13 +1,11 @@
 """Decoders against transformers, layer by layer, on tiny random checkpoints."""
 
-import shutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoint_files import rewritten
 from flax import nnx
-from safetensors.numpy import load_file, save_file
 
 from jaxling import models
 from jaxling.models import conversion
@@ -226,16 +224,6 @@ def test_what_is_saved_in_several_files_transformers_loads_too(
     assert not told["missing_keys"] and not told["unexpected_keys"]
     expected = torch_run(oracle, tokens, mask)[0]
     np.testing.assert_array_equal(torch_run(again, tokens, mask)[0], expected)
-
-
-def rewritten(path, target, change):
-    """A copy of a checkpoint in one file, its tensors changed by `change`."""
-    whole = {}
-    for shard in path.glob("*.safetensors"):
-        whole |= load_file(shard)
-    save_file(change(whole), target / "model.safetensors", metadata={"format": "pt"})
-    shutil.copy(path / "config.json", target)
-    return target
 
 
 @ONE_OF_EACH
