@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     for name, space in against.items():
         title = f"{len(texts.items)} texts in {first}"
         rows += _grid(run.workdir, names[0], own[first], name, space, k, title)
-    by_layer = _languages(run.workdir, own, k, rows)
+    by_layer = _languages(run.workdir, names[0], own, k, rows)
     groups = [_clusters(own, layer) for layer in range(len(own[first]))]
     tables.write_parquet(
         run.workdir / "similarity.parquet", {f: [r[f] for r in rows] for f in rows[0]}
@@ -150,7 +150,7 @@ def _grid(workdir, a, x, b, y, k, texts) -> list[dict]:
     ]
 
 
-def _languages(workdir, spaces, k, rows) -> dict[str, list[float]]:
+def _languages(workdir, model, spaces, k, rows) -> dict[str, list[float]]:
     """Languages against each other at every layer; means by layer, best as picture.
 
     CKA is NaN where texts of a language all have one vector; such pairs do not count.
@@ -182,7 +182,7 @@ def _languages(workdir, spaces, k, rows) -> dict[str, list[float]]:
             names,
             names,
             grids[0, best],
-            title=f"Debiased CKA of languages at layer {best}",
+            title=f"{model.rstrip('/').split('/')[-1]}: debiased CKA at layer {best}",
             limits=(0, 1),
         )
     else:

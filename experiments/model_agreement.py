@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     baseline = {
         model: float(_angles(space, noise)[0]) for model, space in zip(models, spaces)
     }
-    _report(run.workdir, models, rows, baseline, k)
+    _report(run.workdir, models, rows, baseline, k, tokens)
     forced = [f"{row['a']} and {row['b']}" for row in rows if row["angle_is_forced"]]
     forced += [
         f"{model} and a random matrix"
@@ -96,10 +96,9 @@ def main(argv: list[str]) -> None:
             f"Of {'; '.join(forced)} the first angle is 1 by necessity: together they"
             f" have more columns than the {tokens:,} shared tokens."
         )
-    print(
-        f"\n{tokens:,} shared tokens, without {np.sum(~there):,} that have no direction"
-        f" in some model; tables and pictures in {run.workdir}."
-    )
+    if not there.all():
+        print(f"{np.sum(~there):,} more are left out: zero in one of the models.")
+    print(f"\n{tokens:,} shared tokens; tables and pictures in {run.workdir}.")
     common.finish(
         run,
         {
@@ -165,7 +164,8 @@ def _compare(models, spaces, lists, i, j) -> dict:
     }
 
 
-def _report(workdir, models, rows, baseline, k) -> None:
+def _report(workdir, models, rows, baseline, k, tokens) -> None:
+    relabelled = _PERMUTATIONS.value
     header = ["a", "b", f"% of {k} shared", "by chance", "Jaccard", "first angle"]
     fields = ("a", "b", "overlap_percent", "chance_percent", "jaccard", "first_angle")
     print(tables.format_table(header, [[row[f] for f in fields] for row in rows]))
@@ -200,7 +200,7 @@ def _report(workdir, models, rows, baseline, k) -> None:
                 [[0.0, row["chance_high"] - row["chance_percent"]] for row in rows],
             ]
         ).swapaxes(1, 2),
-        title=f"Shared neighbours against {_PERMUTATIONS.value} relabellings",
+        title=f"Neighbours of {tokens:,} tokens, against {relabelled} relabellings",
         value_label=f"% of {k}",
     )
 

@@ -118,7 +118,12 @@ def load_tokenizer(path_or_id: str, revision: str | None = None):
     import transformers
 
     folder = checkpoints.locate(path_or_id, revision, tokenizer_files.FILES)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path_or_id} has no tokenizer that transformers can open: {error}"
+        ) from error
     if not tokenizer.is_fast:
         raise ValueError(
             f"The tokenizer of {path_or_id} must be a fast one (tokenizer.json); got"

@@ -8,6 +8,8 @@ import scipy.linalg
 import scipy.spatial.distance
 import sklearn.cluster
 import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxling import retrieval
 
@@ -234,3 +236,28 @@ def test_mantel_finds_agreement_and_its_absence(rng):
         retrieval.mantel(distances, np.triu(distances))
     with pytest.raises(ValueError, match="at least 3"):
         retrieval.mantel(np.eye(2), np.eye(2))
+
+
+@pytest.mark.parametrize("method", retrieval.METHODS)
+def test_one_row_and_equal_spaces_translate_to_themselves(rng, method):
+    x = rng.normal(size=(9, 5))
+    found = retrieval.translate(x, 3 * x, k=1, method=method, neighborhood=4)
+    np.testing.assert_array_equal(found.indices[:, 0], np.arange(9))
+    alone = retrieval.translate(x[:1], x[:1], k=3, method=method)
+    np.testing.assert_array_equal(alone.indices, [[0, -1, -1]])
+    assert np.isfinite(alone.scores[0, 0]) and np.isnan(alone.scores[0, 1:]).all()
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 2**32 - 1).map(np.random.default_rng), st.floats(-3, 3))
+def test_mining_ignores_rotation_scale_and_order(rng, exponent):
+    x, y = rng.normal(size=(20, 6)) + 1, rng.normal(size=(17, 6)) + 1
+    turn = scipy.linalg.qr(rng.normal(size=(6, 6)))[0]
+    rows, columns = rng.permutation(20), rng.permutation(17)
+    found = retrieval.mine_bitext(x, y)
+    other = retrieval.mine_bitext(
+        10.0**exponent * (x @ turn)[rows], (y @ turn)[columns]
+    )
+    there = np.stack([rows[other.pairs[:, 0]], columns[other.pairs[:, 1]]], 1)
+    assert sorted(map(tuple, there)) == sorted(map(tuple, found.pairs))
+    np.testing.assert_allclose(other.margins, found.margins, rtol=1e-5)

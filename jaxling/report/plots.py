@@ -88,6 +88,8 @@ def save_bars(
         for i, row in enumerate(values):
             at = place + (i - (len(values) - 1) / 2) * thickness
             error = None if errors is None else np.nan_to_num(errors[:, i]).clip(0)
+            if error is not None and not error.any():
+                error = None  # no caps, which would look like a narrow interval
             bars = axes.barh(
                 at,
                 np.nan_to_num(row),
