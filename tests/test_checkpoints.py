@@ -364,7 +364,7 @@ def test_an_unknown_family_lists_candidates(tmp_path):
             ask()
         assert "net.bias" not in str(caught.value)
         assert ask("net.tok.weight") == "net.tok.weight"
-        with pytest.raises(CheckpointError, match="embeddings are a matrix"):
+        with pytest.raises(CheckpointError, match=r"embeddings are a matrix of floats"):
             ask("net.bias")
         with pytest.raises(CheckpointError, match="no tensor 'absent'"):
             ask("absent")
@@ -377,6 +377,18 @@ def test_an_unknown_family_lists_candidates(tmp_path):
     twice = ["a.embed_tokens.weight", "b.embed_tokens.weight"]
     with pytest.raises(CheckpointError, match="several tensors.*--tensor=NAME"):
         write_family(tmp_path, "llama", twice).input_embeddings()
+
+
+def test_a_tensor_of_integers_is_no_embedding(tmp_path):
+    file = tmp_path / "model.safetensors"
+    whole = {"net.ids": np.zeros((7, 3), np.int64), "net.tok": np.zeros((5, 3), "f2")}
+    safetensors.numpy.save_file(whole, file)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path).input_embeddings("net.ids")
+    message = str(caught.value)
+    assert message.startswith(f"{file}: tensor 'net.ids' has shape [7, 3] and dtype")
+    assert message.endswith("int64; embeddings are a matrix of floats. Choose one with"
+                            " --tensor=NAME: net.tok [5, 3]")  # fmt: skip
 
 
 def test_a_published_checkpoint():

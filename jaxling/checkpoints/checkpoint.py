@@ -220,10 +220,12 @@ class Checkpoint:
         return self._matrix(found[0])
 
     def _matrix(self, name: str) -> str:
-        if len(shape := self.shape(name)) != 2:
+        shape, dtype = self.shape(name), self.dtype(name)
+        if len(shape) != 2 or not _is_float(dtype):
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} has shape {list(shape)}; embeddings are"
-                f" a matrix. {self._advice()}"
+                f"{self.path / self._files[name]}: tensor {name!r} has shape"
+                f" {list(shape)} and dtype {dtype.name}; embeddings are a matrix of"
+                f" floats. {self._advice()}"
             )
         return name
 
@@ -231,18 +233,26 @@ class Checkpoint:
         return "Choose one with --tensor=NAME: " + ", ".join(self._matrices())
 
     def _matrices(self, most: int = 8) -> list[str]:
-        """Matrices of the files at hand, longest first, described for a message."""
+        """Matrices of floats in the files at hand, longest first, for a message."""
         here = {file for file in self._files.values() if (self.path / file).exists()}
         shapes = {
             name: self.shape(name) for name in self._files if self._files[name] in here
         }
-        matrices = [name for name in shapes if len(shapes[name]) == 2]
+        matrices = [
+            name
+            for name in shapes
+            if len(shapes[name]) == 2 and _is_float(self.dtype(name))
+        ]
         matrices.sort(key=lambda name: -shapes[name][0])
         listed = [f"{name} {list(shapes[name])}" for name in matrices]
         # What no file at hand describes is not fetched for a message.
         listed += [name for name in self._files if name not in shapes and "emb" in name]
         more = len(listed) - most
         return listed[:most] + [f"and {more} more"] * (more > 0)
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    return dtype.kind not in "biu"  # those of ml_dtypes are of kind V
 
 
 def open_checkpoint(
@@ -290,7 +300,7 @@ def _indexed(
     fetched: Callable[[str], pathlib.Path],
     local: bool,
 ) -> Checkpoint:
-    files = _weight_map(index)
+    files = _weight_map(index, paths=reader is msgpack_files.tensors)
 
     def open_file(file: str) -> dict[str, Stored]:
         found = reader(fetched(file))
@@ -308,8 +318,8 @@ def _indexed(
     return checkpoint
 
 
-def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    """Which file holds which tensor, as `*.index.json` says."""
+def _weight_map(index: pathlib.Path, paths: bool) -> dict[str, str]:
+    """Which file holds which tensor, as `*.index.json` says; Flax's lists paths."""
     files = tensors.read_object(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{index} has no weight_map.")
@@ -320,9 +330,7 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
                 f"{index}: tensor {short(listed)} is in {short(file)}."
             )
         tensors.inside(index.parent, file)
-        # Flax's indices list paths, torch's names; a name in torch has no slash.
-        parts = listed.split("/")
-        name = msgpack_files.torch_name(parts) if len(parts) > 1 else listed
+        name = msgpack_files.torch_name(listed.split("/")) if paths else listed
         if name in found:
             raise CheckpointError(f"{index}: tensor {short(name)} stands there twice.")
         found[name] = file
