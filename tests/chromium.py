@@ -12,6 +12,10 @@ import time
 from typing import Any
 
 PROGRAM = shutil.which("chromium") or shutil.which("google-chrome")
+if PROGRAM is None and os.environ.get("REQUIRE_CHROMIUM"):
+    raise RuntimeError(
+        "REQUIRE_CHROMIUM is set, and there is no chromium to test with."
+    )
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
     " --disable-background-networking --disable-component-update --disable-sync"

@@ -1,6 +1,10 @@
 """The browser page, in a real Chromium: what a reader sees, finds and walks to."""
 
+import pathlib
 import re
+import subprocess
+import sys
+import textwrap
 import time
 
 import chromium
@@ -241,6 +245,80 @@ def test_lists_that_do_not_fit_are_refused(tmp_path, rng):
     ]:
         with pytest.raises(ValueError, match="`ids`"):
             pages.save_browser(tmp_path / "x.html", *columns, rows=rows, title="x")
+
+
+@needs_chromium
+def test_more_writing_systems_than_a_byte_counts(opened, rng):
+    names = [f"System {i:03d}" for i in range(300)]
+    ids, distances = lists(rng, 300, 2)
+    tokens = [f"t{i}" for i in range(300)]
+    page = opened(tokens, names, ids, distances, title="Many", starts=[299])
+    assert page.run("[...system].map(i => meta.systems[i])") == names
+    assert "System 299" in page.run("$('facts').innerText")
+
+
+def test_a_page_that_would_be_too_large_shows_fewer_neighbours(
+    tmp_path, rng, monkeypatch
+):
+    count, path = 3000, tmp_path / "browser.html"
+    ids = rng.integers(0, count, (count, 50))
+    distances = np.sort(rng.random((count, 50)), axis=1)
+    tokens = [f"{value:x}" for value in rng.integers(1 << 40, size=count)]
+    columns = tokens, ["Latin"] * count, ids, distances
+    monkeypatch.setattr(pages, "_LARGEST", 300_000)
+    with pytest.warns(UserWarning, match=r"shows the \d+ nearest of 50, to stay below"):
+        pages.save_browser(path, *columns, title="Much", about="Lists.")
+    assert 150_000 < path.stat().st_size <= 300_000
+    shown = re.search(
+        r"Lists\. Shown: the (\d+) nearest of 50", path.read_text("utf-8")
+    )
+    assert shown and 10 < int(shown[1]) < 50
+    before = path.read_bytes()
+    monkeypatch.setattr(pages, "_LARGEST", 120_000)
+    with pytest.raises(ValueError, match="no neighbour at all"):
+        pages.save_browser(path, *columns, title="Much")
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_page_that_was_there(tmp_path):
+    """The limit on a file's size stands for the disk's: the same failing write."""
+    program = f"""
+        import pathlib, resource
+        import numpy as np
+        from jaxling.report import pages
+        def save(count):
+            ids, far = np.zeros((count, 2), int), np.zeros((count, 2))
+            pages.save_browser(pathlib.Path({str(tmp_path / "x.html")!r}),
+                ["t"] * count, ["Latin"] * count, ids, far, title="x")
+        save(2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        save(3)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    assert "OSError: [Errno 27]" in ended.stderr, ended.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["x.html"]
+    assert '"count": 2' in (tmp_path / "x.html").read_text("utf-8")
+
+
+def test_without_chromium_the_tests_of_pages_fail_in_ci(tmp_path):
+    """`.ci/run` sets the variable; elsewhere they are skipped."""
+    root = pathlib.Path(__file__).parents[1]
+    assert "export REQUIRE_CHROMIUM=1" in (root / ".ci" / "run").read_text("utf-8")
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": str(root / "tests")}
+    for value, expected in (("1", 1), ("", 0)):
+        ended = subprocess.run(
+            [sys.executable, "-c", "import chromium"],
+            env=environment | {"REQUIRE_CHROMIUM": value},
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == expected, ended.stderr
+    assert "there is no chromium" not in ended.stderr
 
 
 def test_the_same_lists_give_the_same_bytes(tmp_path, rng):

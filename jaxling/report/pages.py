@@ -15,10 +15,13 @@ import base64
 import hashlib
 import html
 import json
+import os
 import pathlib
 import re
+import warnings
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +32,8 @@ _DIGITS = np.array(
 )
 _GROUP = 13  # bits in two digits
 _WIDTH = 1 << 16  # characters in a line of the file
-_BUDGET = 38_000_000  # characters of data; the rest of the page is small
+_LARGEST = 40_000_000  # bytes of a page
+_FRAME = 100_000  # bytes of a template, with a margin
 _STEPS = (0.01, 0.02, 0.04, 0.08)
 
 
@@ -53,17 +57,20 @@ def save_browser(
     Args:
       path: the file to write.
       tokens: every token, in id order.
-      systems: the writing system of each token, at most 256 different ones.
+      systems: the writing system of each token, at most 65,536 different ones.
       ids: `[rows, k]` token ids of the neighbours, best first; -1 where there is none.
-      distances: `[rows, k]` cosine distances, ascending; shown to 0.01, or more
-        coarsely where the page would pass 40 MB otherwise.
+      distances: `[rows, k]` cosine distances, ascending; shown to 0.01. Where the page
+        would pass 40 MB they are shown more coarsely, and then fewer neighbours of each
+        token; the page and a warning say how many.
       rows: the token that each line of `ids` belongs to; line i to token i when None.
       starts: ids of tokens to start from.
       title: heading of the page.
       about: a sentence under the heading.
 
     Raises:
-      ValueError: shapes or lengths disagree.
+      ValueError: shapes or lengths disagree, there are too many writing systems, or
+        even one neighbour of each token takes more than 40 MB.
+      OSError: the file cannot be written. The one that was there is as it was.
     """
     count = len(tokens)
     if len(systems) != count or ids.shape != distances.shape:
@@ -80,27 +87,38 @@ def save_browser(
     names, index = np.unique(
         np.asarray(systems, object).astype(str), return_inverse=True
     )
-    packed = {
-        "tokens": json.dumps(list(tokens), ensure_ascii=False).encode(errors="replace"),
-        "systems": index.astype(np.uint8).tobytes(),
-        "ids": _planes(np.where(ids < 0, count, ids)),
-    }
-    packed = {name: zlib.compress(content) for name, content in packed.items()}
-    room = _BUDGET * _GROUP // 16 - sum(map(len, packed.values()))
-    for step in _STEPS:
-        packed["gaps"] = zlib.compress(_gaps(distances, step))
-        if len(packed["gaps"]) <= room:
-            break
-    meta = {
+    if len(names) > 1 << 16:
+        raise ValueError(
+            f"`systems` must name at most {1 << 16} writing systems; got {len(names)}."
+        )
+    meta: dict[str, Any] = {
         "title": title,
         "about": about,
         "count": count,
-        "k": ids.shape[1],
-        "step": step,
         "systems": names.tolist(),
         "colors": colors.script_colors(names.tolist()),
         "rows": None if rows is None else np.asarray(rows).tolist(),
         "starts": [int(start) for start in starts],
+    }
+    spelled = json.dumps(list(tokens), ensure_ascii=False).encode(errors="replace")
+    width = "u1" if len(names) <= 256 else "<u2"
+    packed = {
+        "tokens": zlib.compress(spelled),
+        "systems": zlib.compress(index.astype(width).tobytes()),
+    }
+    # 16 bits of the page hold 13 of the data; its frame, its title and its lines' ends
+    # need some room beside them.
+    room = _LARGEST * 65_000 // 65_536 - len(_json(meta)) - _FRAME
+    room = room * _GROUP // 16 - sum(map(len, packed.values()))
+    k, step, lists = _fitting(np.where(ids < 0, count, ids), distances, room)
+    if k < ids.shape[1]:
+        said = f"the {k} nearest of {ids.shape[1]}, to stay below 40 MB"
+        warnings.warn(f"{path} shows {said}.", stacklevel=2)
+        meta["about"] = f"{about} Shown: {said}.".strip()
+    packed |= lists
+    meta |= {
+        "k": k,
+        "step": step,
         "bytes": {name: len(content) for name, content in packed.items()},
     }
     fields = {
@@ -111,6 +129,30 @@ def save_browser(
         ),
     }
     _write(path, "browser.html", title, fields)
+
+
+def _fitting(
+    ids: np.ndarray, distances: np.ndarray, room: int
+) -> tuple[int, float, dict[str, bytes]]:
+    """Most neighbours and finest distances that take at most `room` bytes: how many of
+    a token, the step of the distances, and both compressed."""
+    most = ids.shape[1]
+    k = most
+    while k or not most:
+        lists = {"ids": zlib.compress(_planes(ids[:, :k]))}
+        for step in _STEPS:
+            lists["gaps"] = zlib.compress(_gaps(distances[:, :k], step))
+            size = sum(map(len, lists.values()))
+            if size <= room:
+                return k, step, lists
+        if not most:
+            break
+        # Near what fits; a list less each time from there.
+        k = min(k - 1, max(0, k * room // size))
+    raise ValueError(
+        f"A page of {len(ids)} lists stays below {_LARGEST / 1e6:.0f} MB with no"
+        " neighbour at all; make one of some of the tokens."
+    )
 
 
 def save_trajectory(
@@ -225,7 +267,15 @@ def _write(path: pathlib.Path, name: str, title: str, fields: dict[str, str]) ->
     # One pass, so that nothing in a title or a token can name another field.
     pieces = re.split(rf"\$({'|'.join(fields)})\b", template)
     pieces[1::2] = [fields[name] for name in pieces[1::2]]
-    path.write_text("".join(pieces), "utf-8", newline="\n")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            file.write("".join(pieces))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _planes(ids: np.ndarray) -> bytes:
