@@ -95,6 +95,25 @@ def test_neighbors_match_the_oracle(rng, implementation, metric, n, m, d, k):
     assert_same(found, queries, keys, k, metric)
 
 
+@pytest.mark.parametrize("rows", [1100, 300])
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "mesh", "block"])
+def test_the_most_neighbours_that_are_promised(rng, implementation, rows):
+    """1,024 of a few more rows, and of fewer, some of which are copies."""
+    k, x = 1024, rng.normal(size=(rows, 6)).astype(np.float32)
+    x[40:60] = x[3]
+    if implementation in IMPLEMENTATIONS:
+        knobs = {"implementation": implementation}
+        found = kernels.all_pairs_neighbors(x, k=k, **knobs)
+        assert_same(found, x, x, k, "cosine", excluded=np.arange(rows))
+    elif implementation == "mesh":
+        knobs = {"mesh": jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))}
+    else:
+        knobs = {"block": 200}
+    found = kernels.nearest_neighbors(x[:9], x, k=k, metric="l2", **knobs)
+    assert_same(found, x[:9], x, k, "l2")
+    assert (np.asarray(found.indices) >= 0).sum() == 9 * min(k, rows)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("metric", METRICS)
