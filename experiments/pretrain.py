@@ -244,6 +244,7 @@ def _data(workdir: pathlib.Path, tokenizer_of: pathlib.Path | None):
         return training.open_tokens(_TOKENS.value), held_out
     parts = {"train": workdir / "tokens", "held out": workdir / "held_out_tokens"}
     if not all(path.exists() for path in parts.values()):
+        assert tokenizer_of is not None, "text was given, or the demo's is read"
         tokenizer = _open_tokenizer(tokenizer_of)
         if _TEXT.value:
             texts = list(training.lines_of(_TEXT.value))

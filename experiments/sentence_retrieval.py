@@ -18,6 +18,7 @@ of each, is the first that has the highest accuracy.
 
 import collections
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     names, n = list(spaces), len(texts.items)
     gold = np.stack([np.arange(n)] * 2, 1)
     depth = len(spaces[names[0]])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for a, b in itertools.combinations(names, 2):
         for layer in range(depth):
             x, y = spaces[a][layer], spaces[b][layer]
