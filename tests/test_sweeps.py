@@ -1,6 +1,8 @@
 """Sweeps: equal to their definition, whatever the panels, crashes and damage."""
 
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
@@ -183,14 +185,72 @@ def test_a_matrix_of_integers_is_refused():
         sweep(np.ones((3, 2), np.int64))
 
 
-def in_a_process(program):
+def in_a_process(program, *arguments, **variables):
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=900,
         cwd=pathlib.Path(__file__).parents[1],
+        env=os.environ | variables,
     )
+
+
+# Ends itself by SIGKILL before line number `stop` of those that it runs of sweeps.py:
+# of all, or of those that write the state. If it is not ended it says how many.
+KILLED = """
+    import os, signal, sys
+    import numpy as np
+    from jaxling import sweeps
+    folder, which, stop, k, panel = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+    lines = 0
+    def line(frame, event, arg):
+        global lines
+        lines += event == "line"
+        if lines == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return line
+    def call(frame, event, arg):
+        code = frame.f_code
+        if code.co_filename == sweeps.__file__ and code.co_name.startswith(which):
+            return line
+    matrix = np.load(f"{folder}/x.npy")
+    sys.settrace(call)
+    sweeps.sweep_neighbors(matrix, k=k, panel=panel, path=f"{folder}/{which}-{stop}",
+                           progress=False)
+    print(lines)
+"""
+
+
+def test_killed_at_any_line_it_resumes_to_the_same_bytes(matrix, tmp_path):
+    """SIGKILL at random lines: three of all, and three while the state is written."""
+    np.save(tmp_path / "x.npy", matrix)
+    whole = sweep(matrix, path=tmp_path / "whole")
+    cache = {  # the processes after the first compile nothing
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    rng, partial, resumed = np.random.default_rng(2), [], []
+    for which in ("", "_save"):
+        ended = in_a_process(KILLED, tmp_path, which, 0, K, PANEL, **cache)
+        assert ended.returncode == 0, ended.stderr
+        for stop in rng.integers(1, int(ended.stdout), 3, endpoint=True):
+            ended = in_a_process(KILLED, tmp_path, which, stop, K, PANEL, **cache)
+            assert ended.returncode == -signal.SIGKILL, ended.stderr
+            state = tmp_path / f"{which}-{stop}"
+            cut = state.with_name(state.name + ".partial")
+            partial.append(cut.stat().st_size if cut.exists() else None)
+            again = sweep(matrix, path=state)
+            resumed.append(again.resumed)
+            assert again.scores.tobytes() == whole.scores.tobytes()
+            assert again.indices.tobytes() == whole.indices.tobytes()
+            assert state.read_bytes() == (tmp_path / "whole").read_bytes()
+            assert not cut.exists()
+    # The instants differ: some between bands, some with half of a file written.
+    size = (tmp_path / "whole").stat().st_size
+    assert len(set(resumed)) > 1
+    assert any(written is not None and written < size for written in partial)
 
 
 def test_a_full_disk_loses_nothing_finished(matrix, tmp_path):
