@@ -131,3 +131,72 @@ def test_the_readme_counts_the_lines_of_the_families():
 def test_the_readme_lists_the_experiments_as_they_describe_themselves():
     readme = (ROOT / "README.md").read_text("utf-8")
     assert listing.markdown() in readme, "python -m experiments --markdown"
+
+
+ROOMS = (
+    "kernels checkpoints vocabulary writing_systems sweeps models training probes lens"
+    " retrieval corpus"
+).split()
+
+
+def public(room: str) -> dict[str, ast.FunctionDef | ast.ClassDef]:
+    """Functions and classes that a room defines, or names `as` themselves."""
+
+    def defined(path: pathlib.Path) -> dict[str, ast.FunctionDef | ast.ClassDef]:
+        body = ast.parse(path.read_text("utf-8")).body
+        kinds = ast.FunctionDef | ast.ClassDef
+        return {node.name: node for node in body if isinstance(node, kinds)}
+
+    folder = ROOT / "jaxling" / room
+    if not folder.is_dir():
+        found = defined(folder.with_suffix(".py"))
+    else:
+        found = defined(folder / "__init__.py")
+        for node in ast.walk(ast.parse((folder / "__init__.py").read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [a.name for a in node.names if a.asname == a.name]
+                path = folder / f"{node.module.split('.')[-1]}.py"
+                if names:
+                    own = defined(path)
+                    found |= {name: own[name] for name in names if name in own}
+    return {name: node for name, node in found.items() if not name.startswith("_")}
+
+
+def test_the_readme_lists_every_public_function_and_none_that_is_not():
+    """Under its room: a line for each, with its arguments in front of the knobs.
+
+    Types may stand behind the arrow of a function that returns or takes them.
+    """
+    readme = (ROOT / "README.md").read_text("utf-8")
+    section = readme.partition("## The public functions at a glance")[2]
+    section = section.partition("\n## ")[0]
+    parts = re.split(r"```\n(.*?)```\n", section, flags=re.DOTALL)
+    blocks = dict.fromkeys(ROOMS, "")
+    waiting: list[str] = []
+    for text, block in zip(parts[::2], parts[1::2]):
+        waiting += re.findall(r"`jaxling\.(\w+)`", text)
+        blocks[waiting.pop(0)] = block
+    assert list(blocks) == ROOMS and not waiting
+    for room, block in blocks.items():
+        nodes, listed = public(room), set()
+        for line in block.splitlines():
+            assert len(line) <= 100, line
+            shown = re.match(r"(\w+)(?:\((.*?)\))?(?: -> ((?:\w+, )*\w+))?  +\S", line)
+            assert shown, line
+            name, arguments, types = shown.groups()
+            assert name in nodes, f"{room}.{name} is not there"
+            listed |= {name, *(types or "").replace(",", "").split()}
+            node = nodes[name]
+            if not isinstance(node, ast.FunctionDef):
+                assert arguments is None, line
+                continue
+            given = node.args.args + ([node.args.vararg] if node.args.vararg else [])
+            needed = len(node.args.args) - len(node.args.defaults)
+            told = [one for one in (arguments or "").split(", ") if one]
+            expected = [
+                arg.arg + "?" * (needed <= i < len(node.args.args))
+                for i, arg in enumerate(given)
+            ]
+            assert told == expected[: len(told)], (line, expected)
+            assert all(one.endswith("?") for one in expected[len(told) :]), line
+        assert listed == set(nodes), f"{room}: {listed ^ set(nodes)}"
