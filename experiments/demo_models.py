@@ -28,6 +28,9 @@ from . import common
 
 _ITEMS = flags.DEFINE_integer("items", 12, "Words of a pair of languages; 0 for all.")
 _VERSES = flags.DEFINE_integer("verses", 30, "Verses of a language; 0 for all.")
+_UNSEEN = flags.DEFINE_bool(
+    "unseen_pairs", False, "Words of language pairs that met in no document, instead."
+)
 _SPLIT = flags.DEFINE_enum(
     "lexicon_split", "test", list(lexicons.SPLITS), "Where the words are from."
 )
@@ -50,6 +53,9 @@ def main(argv: list[str]) -> None:
     inputs = {"tensor": {"name": tensor, "sha256": checkpoint.digest(tensor)}}
     run = common.begin("demo_models", inputs)
     model = models.load(name, revision=common.REVISION.value, dtype="float32")
+    pairs = evaluation.ORDERED_PAIRS
+    if _UNSEEN.value:
+        pairs = evaluation.UNSEEN_ORDERED_PAIRS
     rankings = {
         pair: evaluation.rank_translations(
             model,
@@ -59,7 +65,7 @@ def main(argv: list[str]) -> None:
             count=_ITEMS.value or None,
             seed=common.SEED.value,
         )
-        for pair in evaluation.ORDERED_PAIRS
+        for pair in pairs
     }
     words = {
         "-".join(pair): evaluation.summary([ranking])

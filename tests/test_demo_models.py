@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 from absl.testing import flagsaver
 
 from jaxling import demo, models, training, vocabulary, writing_systems
-from jaxling.demo import evaluation, tokenizer
+from jaxling.demo import documents, evaluation, tokenizer
 from jaxling.experiments import demo_materials, demo_models
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -193,11 +193,13 @@ def parsed():
 
 def test_the_script_measures_words_verses_and_neighbours(parsed, tmp_path):
     workdir = tmp_path / "run"
-    settings = dict(items=1, verses=1, model="demo-small", workdir=str(workdir))
-    with flagsaver.flagsaver(**settings):
+    settings = dict(items=1, verses=1, unseen_pairs=True, model="demo-small")
+    with flagsaver.flagsaver(workdir=str(workdir), **settings):
         demo_models.main([])
     found = record(workdir / "summary.json")
-    assert found["words"]["all"]["items"] == 20
+    unseen = {"-".join(p[::way]) for p in documents.UNSEEN_PAIRS for way in (1, -1)}
+    assert set(found["words"]) == unseen | {"all"}
+    assert found["words"]["all"]["items"] == 8
     assert set(found["losses"]) == set(demo.LANGUAGES)
     recorded = record(FOLDER / "demo-small" / "evaluation.json")
     assert found["neighbour_scripts"]["words"] == 100

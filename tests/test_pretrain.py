@@ -78,6 +78,20 @@ def test_a_run_leaves_its_record_its_picture_and_a_model(config, tokens, tmp_pat
     np.testing.assert_allclose(before.loss, found["before"], rtol=1e-6)
 
 
+def test_devices_share_the_rows(config, tokens, tmp_path):
+    found = {}
+    for parallel in (False, True):
+        workdir = tmp_path / str(parallel)
+        flags = dict(
+            config=config, tokens=tokens, rows=8, steps=3, evaluate_on=[tokens]
+        )
+        with small(tmp_path, **flags, workdir=str(workdir), data_parallel=parallel):
+            pretrain.main([])
+        found[parallel] = training.loss_curve(workdir)[1]
+    # Eight devices sum the gradients in another order.
+    np.testing.assert_allclose(found[True], found[False], rtol=1e-5)
+
+
 def test_weights_are_exported_in_the_dtype_asked_for(config, tokens, tmp_path):
     found = {}
     for dtype in ("float32", "bfloat16"):

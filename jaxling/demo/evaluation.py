@@ -22,6 +22,10 @@ ORDERED_PAIRS = [
     ("lav", "ukr"),
     ("cop", "syc"),
 ]
+# The pairs of languages that meet in no document, both ways.
+UNSEEN_ORDERED_PAIRS = [
+    pair for known in sorted(documents.UNSEEN_PAIRS) for pair in (known, known[::-1])
+]
 
 
 class Interval(NamedTuple):
