@@ -175,17 +175,18 @@ def _report(workdir, models, rows, baseline, k, tokens) -> None:
         workdir / "agreement.parquet", {f: [row[f] for row in rows] for f in rows[0]}
     )
     short = ["/".join(model.split("/")[-2:]) for model in models]
-    noise = f"random, {_RANDOM_WIDTH} columns"
-    for field, title, sides in [
-        ("overlap_percent", f"Per cent of the {k} nearest tokens shared", short),
-        ("first_angle", "Cosine of the smallest principal angle", [*short, noise]),
+    beside = [*short, "random"]
+    for field, title, sides, most in [
+        ("overlap_percent", f"Per cent of the {k} nearest tokens shared", short, 100),
+        ("first_angle", "Cosine of the smallest principal angle", beside, 1),
     ]:
         grid = np.full((len(sides), len(sides)), np.nan)
         for (i, j), row in zip(_pairs(models), rows):
             grid[i, j] = grid[j, i] = row[field]
-        if noise in sides:
+        if field == "first_angle":
             grid[-1, :-1] = grid[:-1, -1] = list(baseline.values())
-        plots.save_heatmap(workdir / f"{field}.png", sides, sides, grid, title=title)
+        path = workdir / f"{field}.png"
+        plots.save_heatmap(path, sides, sides, grid, title=title, limits=(0, most))
     plots.save_bars(
         workdir / "overlap_and_chance.png",
         [f"{a} – {b}" for a, b in itertools.combinations(short, 2)],
