@@ -372,6 +372,7 @@ def count(plan: Any, run: Run, built_in: Iterable[str]) -> Any:
     Damage is reported on standard error.
 
     Raises:
+      ValueError: nothing of the corpus could be read.
       ValueError, OSError, ImportError: as the functions of `jaxling.corpus` do.
     """
     from jaxling import corpus
@@ -385,7 +386,12 @@ def count(plan: Any, run: Run, built_in: Iterable[str]) -> Any:
         end_token=END_TOKEN.value,
     )
     if DASK.value:
-        import distributed
+        try:
+            import distributed
+        except ImportError:
+            raise ImportError(
+                "--dask needs the extra `dask`: pip install 'jaxling[dask]'."
+            ) from None
 
         with distributed.Client(DASK.value) as client:
             counts = corpus.count_on_dask(shards, plan, client, strict=STRICT.value)
@@ -404,6 +410,12 @@ def count(plan: Any, run: Run, built_in: Iterable[str]) -> Any:
             damage.skipped,
             damage.mended,
             "; ".join(damage.examples[:3]),
+        )
+    if not counts.documents:
+        raise ValueError(
+            f"No document of --corpus could be counted: {damage.skipped:,} records were"
+            f" skipped and {damage.empty:,} are empty."
+            + "".join(f" The first: {example}." for example in damage.examples[:1])
         )
     return counts
 

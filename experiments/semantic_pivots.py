@@ -145,8 +145,6 @@ def _count(run, task, tokenizer, size):
         demo.verses("train"), characters=_CHARACTERS.value, seed=common.SEED.value
     )
     counts = common.count(plan, run, (record.text for record in drawn))
-    if not counts.documents:
-        raise ValueError("The corpus holds no document that could be read.")
     return counts, {word: i for i, word in enumerate(asked)}
 
 

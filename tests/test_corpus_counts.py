@@ -228,14 +228,26 @@ def test_many_documents_are_multiplied_in_parts(monkeypatch):
     rng = np.random.default_rng(4)
     words = [f"w{i}" for i in range(40)]
     texts = [" ".join(rng.choice(words, 15)) for _ in range(500)]
-    plan = corpus.Plan(corpus.surface_terms(words), window=4)
+    # Documents without a term among them, alone and a whole batch of them.
+    texts[100:130] = ["none"] * 30
+    texts[200:300:3] = ["nothing here"] * 34
+    tokenizer = word_tokenizer(words)
+    plan = corpus.Plan(
+        corpus.surface_terms(words), window=4, term_tokens=True, tokenizer=tokenizer
+    )
     whole = corpus.count_documents(texts, plan)
+    monkeypatch.setattr("jaxling.corpus.cooccurrence._NEAR", 200)
     monkeypatch.setattr("jaxling.corpus.cooccurrence._HELD", 300)
     monkeypatch.setattr("jaxling.corpus.cooccurrence._BATCH", 7)
     again = corpus.count_documents(texts, plan)
     for x, y in zip(whole, again):
         np.testing.assert_equal(x, y)
     assert whole.document_pairs.count.sum() > 10_000
+    hits = [
+        [(p, words.index(w)) for p, w in enumerate(text.split()) if w in words]
+        for text in texts
+    ]
+    check(whole, hits, len(words), 4)
 
 
 @pytest.mark.parametrize(

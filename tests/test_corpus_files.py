@@ -137,8 +137,10 @@ def test_damaged_records_are_counted_and_passed_over(tmp_path):
     counts = corpus.count_shard(shard, plan)
     assert counts.term_documents.tolist() == [1, 1, 1, 1] and counts.documents == 4
     damage = counts.damage
-    assert (damage.skipped, damage.mended, damage.empty) == (7, 1, 1)
-    assert len(damage.examples) == 8
+    assert (damage.skipped, damage.mended, damage.empty) == (7, 2, 1)
+    assert len(damage.examples) == 9
+    texts = list(corpus.read_shard(shard, lambda damage: None))
+    assert texts[1] == "caf\ufffd bad" and texts[3] == "half \ufffd"
     assert f"{path}, line 2: no JSON" in damage.examples[0]
     assert "'text'" in damage.examples[1]
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: no JSON"):
@@ -182,6 +184,89 @@ def test_a_file_that_is_something_else(tmp_path, name):
         return
     assert read([tmp_path / name], met.append) == []
     assert [damage.skipped for damage in met] == [1]
+
+
+def test_fields_and_columns_that_are_not_there_are_damage(tmp_path):
+    table = pa.table({"meta": [{"body": "a"}] * 3, "n": [1.5, 2.5, None]})
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    records = '{"meta": "a"}\n"a"\n[1]\n{"meta": {"body": {"x": 1}}}\n'
+    (tmp_path / "b.jsonl").write_text(records)
+    for field in ("gone", "meta.gone", "meta.body.x", "n", ""):
+        met = []
+        assert read([tmp_path], met.append, field=field) == []
+        assert sum(damage.skipped for damage in met) == 5, (field, met)
+
+
+def test_integers_of_every_kind(tmp_path):
+    terms = corpus.Terms(("one",), (((1,),),), "tokens")
+    for kind in (pa.list_(pa.uint64()), pa.list_(pa.int8()), pa.list_(pa.int32(), 2)):
+        table = pa.table({"text": pa.array([[1, 2], [3, 1]], kind)})
+        pa.parquet.write_table(table, tmp_path / "a.parquet")
+        (shard,) = corpus.find_shards([str(tmp_path / "a.parquet")])
+        plan = corpus.Plan(terms, tokens=True, vocabulary_size=4)
+        counts = corpus.count_shard(shard, plan)
+        assert counts.term_occurrences.tolist() == [2], kind
+        assert counts.token_occurrences.tolist() == [0, 2, 1, 1]
+    with pytest.raises(ValueError, match=r"a\.parquet: A token must be in \[0, 2\)"):
+        corpus.count_shard(shard, plan._replace(vocabulary_size=2))
+    for array in (np.zeros(3), np.zeros((2, 2), int)):
+        np.save(tmp_path / "b.npy", array)
+        with pytest.raises(ValueError, match=r"b\.npy must hold integers on one axis"):
+            read([tmp_path / "b.npy"])
+
+
+def test_a_large_array_is_cut_without_being_read(tmp_path):
+    path = tmp_path / "a.npy"
+    # A hole of 80 GB: whoever reads it through, or counts it one by one, is seen.
+    array = np.lib.format.open_memmap(path, "w+", np.uint32, (20_000_000_000,))
+    array[:6] = [5, 6, 0, 7, 0, 8]
+    array.flush()
+    shards = corpus.find_shards([str(path)], end_token=0)
+    assert len(shards) == -(-20_000_000_000 // (corpus.readers.SHARD // 4))
+    documents = corpus.read_shard(shards[0])
+    assert [next(documents).tolist() for _ in range(4)] == [[5, 6], [7], [8], []]
+
+
+def test_token_files_within_a_directory_are_one_source_each(tmp_path):
+    training.write_tokens(tmp_path / "in" / "made", IDS, vocabulary_size=1 << 17)
+    (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(IDS))
+    for source in (tmp_path, tmp_path / "**"):
+        assert [ids.tolist() for ids in read([source])] == IDS * 2
+
+
+def test_documents_with_their_labels(tmp_path):
+    lines = [
+        '{"text": "one", "meta": {"code": "eng"}}',
+        '{"text": "zwei", "meta": {"code": null}}',
+        '{"text": "trois", "meta": {}}',
+        '{"text": 4, "meta": {"code": "eng"}}',
+        "damaged",
+        '{"text": [5], "meta": {"code": "x"}}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    rows = [{"code": "eng"}, None, {"code": "deu"}, {"code": "x"}]
+    texts = ["one", "two", "drei", None]
+    pa.parquet.write_table(
+        pa.table({"meta": rows, "text": texts}), tmp_path / "b.parquet"
+    )
+    expected = {"a.jsonl": [("one", "eng"), ([5], "x")]}
+    expected["b.parquet"] = [("one", "eng"), ("drei", "deu")]
+    for name, labelled in expected.items():
+        (shard,) = corpus.find_shards([str(tmp_path / name)])
+        met = []
+        found = list(corpus.read_labelled(shard, "meta.code", met.append))
+        assert [(d if isinstance(d, str) else d.tolist(), x) for d, x in found] == (
+            labelled
+        )
+        assert sum(damage.skipped for damage in met) == 6 - len(expected) - 2 * (
+            name == "b.parquet"
+        )
+        with pytest.raises(ValueError, match=name):
+            list(corpus.read_labelled(shard, "meta.code"))
+    (tmp_path / "c.txt").write_text("one")
+    (shard,) = corpus.find_shards([str(tmp_path / "c.txt")])
+    with pytest.raises(ValueError, match="have no field"):
+        corpus.read_labelled(shard, "meta.code")
 
 
 def test_a_document_of_fifty_megabytes(tmp_path):

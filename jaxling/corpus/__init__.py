@@ -20,6 +20,7 @@ from .cooccurrence import pair_counts as pair_counts
 from .readers import Damage as Damage
 from .readers import Shard as Shard
 from .readers import find_shards as find_shards
+from .readers import read_labelled as read_labelled
 from .readers import read_shard as read_shard
 from .runs import Corpus as Corpus
 from .runs import count_corpus as count_corpus

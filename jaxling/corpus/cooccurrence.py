@@ -16,6 +16,7 @@ from .terms import Terms
 
 _BATCH = 4096  # documents
 _HELD = 1 << 22  # entries of a table of documents by terms before it is multiplied
+_NEAR = 1 << 24  # pairs of places before they are counted
 
 
 class Plan(NamedTuple):
@@ -90,7 +91,12 @@ def count_shard(shard: Shard, plan: Plan, *, strict: bool = False) -> Counts:
     def damaged(more: Damage) -> None:
         damage[0] = add_damage(damage[0], more)
 
-    counts = count_documents(read_shard(shard, None if strict else damaged), plan)
+    try:
+        counts = count_documents(read_shard(shard, None if strict else damaged), plan)
+    except ValueError as error:
+        if shard.url in str(error):
+            raise
+        raise ValueError(f"{shard.url}: {error}") from None
     return counts._replace(damage=add_damage(damage[0], counts.damage))
 
 
@@ -124,6 +130,7 @@ def count_documents(documents: Iterable[str | np.ndarray], plan: Plan) -> Counts
     token_totals = np.zeros((2, size if counts_tokens else 0), np.int64)
     both, near, joint = Sums(), Sums(), Sums()
     held: list[tuple[sparse.csr_array, sparse.csr_array | None]] = []
+    entries = 0
 
     def multiply() -> None:
         """Counts the documents that are held."""
@@ -167,9 +174,15 @@ def count_documents(documents: Iterable[str | np.ndarray], plan: Plan) -> Counts
         if plan.window is not None:
             _add_near(near, matches, plan.window, n)
         if plan.pairs or plan.term_tokens:
-            held.append((by_term, by_token if plan.term_tokens else None))
-            if sum(a.nnz + (b.nnz if b is not None else 0) for a, b in held) > _HELD:
+            # Most documents may hold no term: they add nothing, and are not held.
+            some = np.diff(by_term.indptr) > 0
+            by_term = _with_rows(by_term, some)
+            by_token = by_token[some] if plan.term_tokens else None
+            held.append((by_term, by_token))
+            entries += by_term.nnz + (by_token.nnz if by_token is not None else 0)
+            if entries > _HELD:
                 multiply()
+                entries = 0
     multiply()
     return Counts(
         int(totals[0]),
@@ -251,6 +264,8 @@ def _coded(batch: Sequence, plan: Plan, size: int) -> list[np.ndarray]:
         coded = [np.array(one.ids, np.int64) for one in found]
     else:
         coded = [np.asarray(document) for document in batch]
+    # With other integers NumPy would make floats of uint64.
+    coded = [c.astype(np.int64) if c.dtype == np.uint64 else c for c in coded]
     if any(ids.dtype.kind not in "iu" or ids.ndim != 1 for ids in coded):
         raise ValueError("A document of token ids must be a list of integers.")
     low = min((int(ids.min()) for ids in coded if len(ids)), default=0)
@@ -274,6 +289,15 @@ def _table(
     begins = np.searchsorted(rows, np.arange(shape[0] + 1)).astype(np.int32)
     ones = np.ones(len(columns), np.int32)
     return sparse.csr_array((ones, columns, begins), shape=shape)
+
+
+def _with_rows(table: sparse.csr_array, some: np.ndarray) -> sparse.csr_array:
+    """The rows `some`; all others are empty, so that nothing but bounds goes away."""
+    if some.all():
+        return table
+    bounds = np.concatenate([table.indptr[:1], table.indptr[1:][some]])
+    shape = (len(bounds) - 1, table.shape[1])
+    return sparse.csr_array((table.data, table.indices, bounds), shape=shape)
 
 
 def _by_token(coded: Sequence[np.ndarray], size: int) -> sparse.csr_array:
@@ -361,7 +385,8 @@ def _add_near(sums: Sums, matches: matching.Matches, window: int, n: int) -> Non
     places += matches.positions
     dtype = np.uint32 if n * n < 1 << 32 else np.uint64
     terms = matches.terms.astype(dtype)
-    found = []
+    found: list[np.ndarray] = []
+    held = 0
     for apart in range(1, len(places)):
         close = places[apart:] - places[:-apart] <= window
         if not close.any():
@@ -369,11 +394,20 @@ def _add_near(sums: Sums, matches: matching.Matches, window: int, n: int) -> Non
         a, b = terms[:-apart][close], terms[apart:][close]
         keys = np.minimum(a, b) * dtype(n) + np.maximum(a, b)
         found.append(keys[a != b])
+        held += len(found[-1])
+        if held > _NEAR:  # a document may be a library
+            _add_keys(sums, found)
+            found, held = [], 0
     if found:
-        keys = np.concatenate(found)
-        keys.sort()
-        first = np.flatnonzero(np.diff(keys, prepend=keys[:1] + dtype(1)))
-        sums.add(keys[first].astype(np.int64), np.diff(first, append=len(keys)))
+        _add_keys(sums, found)
+
+
+def _add_keys(sums: Sums, found: Sequence[np.ndarray]) -> None:
+    """Counts each key as often as it is found."""
+    keys = np.concatenate(found)
+    keys.sort()
+    first = np.flatnonzero(np.diff(keys, prepend=keys[:1] + keys.dtype.type(1)))
+    sums.add(keys[first].astype(np.int64), np.diff(first, append=len(keys)))
 
 
 def merge(a: Counts, b: Counts) -> Counts:

@@ -4,17 +4,15 @@ A record that cannot be read is reported and passed over. A file is never in mem
 a whole, and no more of it than one record (of Parquet: some rows) at a time.
 """
 
-import glob
-import gzip
 import io
 import json
 import os
-import pathlib
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from . import files
 
 FORMATS = ("jsonl", "parquet", "text", "tokens")
 EXAMPLES = 10  # of damage, that a count remembers
@@ -50,7 +48,8 @@ class Damage(NamedTuple):
     """What was not as it should be: counts, and the first few places with the reason.
 
     `skipped` records could not be read; `mended` documents had bytes that are no UTF-8,
-    which became U+FFFD; `empty` documents have nothing to count.
+    or halves of characters, which became U+FFFD; `empty` documents have
+    nothing to count.
     """
 
     skipped: int = 0
@@ -88,7 +87,7 @@ def find_shards(
     Raises:
       ValueError: an unknown format; a source without files.
       OSError: a source cannot be listed.
-      ImportError: a URL without the extra `corpus`.
+      ImportError: a URL without the extra `corpus`, or without what its scheme needs.
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}; got {format!r}.")
@@ -96,42 +95,14 @@ def find_shards(
         raise ValueError(f"`size` must be at least 1 byte; got {size}.")
     shards = []
     for source in sources:
-        files = _files(source)
-        if not files:
+        urls = files.listed(source)
+        if not urls:
             raise ValueError(f"There is no file at {source!r}.")
-        for url in files:
+        for url in urls:
             kind = format or _format_of(url)
             parts = _parts(url, kind, size, end_token)
             shards += [Shard(url, kind, field, *part, end_token) for part in parts]
     return shards
-
-
-def _files(source: str) -> list[str]:
-    if "://" in source:
-        filesystem, path = _fsspec().core.url_to_fs(source)
-        if not any(c in path for c in "*?["):
-            if not filesystem.isdir(path):
-                return [source]
-            path = path.rstrip("/") + "/**"
-        found = sorted(filesystem.glob(path))
-        return [
-            filesystem.unstrip_protocol(name)
-            for name in found
-            if not filesystem.isdir(name) and not _hidden(name)
-        ]
-    place = pathlib.Path(source)
-    if place.is_dir() and not (place / "tokens.json").exists():
-        found = [path for path in place.rglob("*") if path.is_file()]
-    elif place.exists():
-        return [source]
-    else:
-        found = [pathlib.Path(name) for name in glob.glob(source, recursive=True)]
-        found = [p for p in found if p.is_file() or (p / "tokens.json").exists()]
-    return sorted(str(path) for path in found if not _hidden(path.name))
-
-
-def _hidden(name: str) -> bool:
-    return name.rsplit("/", 1)[-1].startswith((".", "_"))
 
 
 def _format_of(url: str) -> str:
@@ -155,21 +126,25 @@ def _parts(
     whole: list[tuple[int, int | None]] = [(0, None)]
     try:
         if kind == "tokens":
-            ends = _tokens_of(url).documents
-            if end_token is not None and len(ends) == 2:
-                ends = np.arange(int(ends[-1]) + 1)
-            return _grouped(ends * 4, size)
+            tokens, ends = _tokens_of(url)
+            if ends is None and end_token is not None:
+                step = -(-size // 4)
+                return [
+                    (at, min(at + step, len(tokens)))
+                    for at in range(0, len(tokens), step)
+                ]
+            return whole if ends is None else _grouped(ends * 4, size)
         if kind == "parquet":
             import pyarrow.parquet
 
-            with _open(url) as file:
+            with files.opened(url) as file:
                 found = pyarrow.parquet.ParquetFile(file).metadata
                 groups = [found.row_group(i) for i in range(found.num_row_groups)]
                 ends = np.cumsum([0, *(group.total_byte_size for group in groups)])
             return _grouped(ends, size) or whole
         if url.endswith((".gz", ".zst")):
             return whole
-        with _open(url) as file:
+        with files.opened(url) as file:
             total = file.seek(0, io.SEEK_END)
     except (ValueError, OSError):
         if kind == "parquet":
@@ -205,11 +180,35 @@ def read_shard(
     damaged = damaged or _raise
     if shard.format == "tokens":
         return _read_tokens(shard, damaged)
+    if shard.format == "text":
+        return (
+            _decoded(line, place, damaged) for line, place in _lines(shard, damaged)
+        )
+    return (document for document, _ in _records(shard, None, damaged))
+
+
+def read_labelled(
+    shard: Shard, label: str, damaged: Damaged | None = None
+) -> Iterator[tuple[str | np.ndarray, str]]:
+    """The documents of a shard, each with the text that its field `label` holds.
+
+    A record without one is damaged. Arguments and errors as in `read_shard`.
+
+    Raises:
+      ValueError: also a format whose documents have no fields.
+    """
+    if shard.format not in ("jsonl", "parquet"):
+        raise ValueError(
+            f"{shard.url} is read as {shard.format}, whose documents have no field"
+            f" {label!r}; JSON lines and Parquet have fields."
+        )
+    return _records(shard, label, damaged or _raise)
+
+
+def _records(shard: Shard, label: str | None, damaged: Damaged) -> Iterator[tuple]:
     if shard.format == "parquet":
-        return _read_parquet(shard, damaged)
-    if shard.format == "jsonl":
-        return _read_jsonl(shard, damaged)
-    return (_decoded(line, place, damaged) for line, place in _lines(shard, damaged))
+        return _read_parquet(shard, label, damaged)
+    return _read_jsonl(shard, label, damaged)
 
 
 def _raise(damage: Damage) -> None:
@@ -230,23 +229,50 @@ def _decoded(raw: bytes, place: str, damaged: Damaged) -> str:
         return raw.decode("utf-8", "replace")
 
 
-def _read_jsonl(shard: Shard, damaged: Damaged) -> Iterator[str | np.ndarray]:
-    path = shard.field.split(".")
+def _read_jsonl(
+    shard: Shard, label: str | None, damaged: Damaged
+) -> Iterator[tuple[str | np.ndarray, str | None]]:
     for line, place in _lines(shard, damaged):
         if not line.strip():
             continue
         text = _decoded(line, place, damaged)
         try:
             record = json.loads(text)
-            for name in path:
-                record = record[name]
-            document = _document(record)
-        except (KeyError, TypeError, IndexError):
-            _skip(damaged, place, f"no text or token ids in the field {shard.field!r}")
         except (ValueError, RecursionError) as error:
             _skip(damaged, place, f"no JSON, {error}")
-        else:
-            yield document
+            continue
+        name = shard.field
+        try:
+            document = _document(_within(record, name))
+            own = None
+            if label is not None:
+                name, own = label, _within(record, label)
+                if not isinstance(own, str):
+                    raise TypeError(f"no text: {type(own)}")
+        except (KeyError, TypeError, IndexError):
+            what = "text" if name is label else "text or token ids"
+            _skip(damaged, place, f"no {what} in the field {name!r}")
+            continue
+        if isinstance(document, str) and not document.isascii():
+            document = _whole(document, place, damaged)
+        yield document, own
+
+
+def _within(record: Any, path: str) -> Any:
+    for name in path.split("."):
+        record = record[name]
+    return record
+
+
+def _whole(text: str, place: str, damaged: Damaged) -> str:
+    """`text` as Unicode: JSON may hold half of a character that needs two escapes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        reason = f"{place}: half a character at {error.start}"
+        damaged(Damage(mended=1, examples=(reason,)))
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _document(value: Any) -> str | np.ndarray:
@@ -266,7 +292,7 @@ def _document(value: Any) -> str | np.ndarray:
 
 def _lines(shard: Shard, damaged: Damaged) -> Iterator[tuple[bytes, str]]:
     """The lines that begin within the shard, and how to name the place of each."""
-    with _open(shard.url) as raw, _unpacked(shard.url, raw) as file:
+    with files.opened(shard.url) as raw, files.unpacked(shard.url, raw) as file:
         at = shard.begin
         if at:
             # The line of the byte before belongs to the shard in which it begins.
@@ -276,7 +302,7 @@ def _lines(shard: Shard, damaged: Damaged) -> Iterator[tuple[bytes, str]]:
         while shard.end is None or at < shard.end:
             try:
                 line = file.readline()
-            except (OSError, EOFError, zlib.error, _zst_error()) as error:
+            except files.damages() as error:
                 _skip(damaged, shard.url, f"the rest is lost, {error}")
                 return
             if not line:
@@ -291,16 +317,19 @@ def _lines(shard: Shard, damaged: Damaged) -> Iterator[tuple[bytes, str]]:
             yield line.rstrip(b"\r\n"), f"{shard.url}, {place}"
 
 
-def _read_parquet(shard: Shard, damaged: Damaged) -> Iterator[str | np.ndarray]:
+def _read_parquet(
+    shard: Shard, label: str | None, damaged: Damaged
+) -> Iterator[tuple[str | np.ndarray, str | None]]:
     import pyarrow as pa
     import pyarrow.parquet
 
-    name, *inner = shard.field.split(".")
-    with _open(shard.url) as file:
+    fields = [shard.field] if label is None else [shard.field, label]
+    with files.opened(shard.url) as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            if name not in table.schema_arrow.names:
-                raise ValueError(f"there is no column {name!r}")
+            for field in fields:
+                if field.split(".")[0] not in table.schema_arrow.names:
+                    raise ValueError(f"there is no column {field.split('.')[0]!r}")
             end = table.num_row_groups if shard.end is None else shard.end
         except (pa.ArrowException, ValueError, OSError) as error:
             _skip(damaged, shard.url, error)
@@ -308,71 +337,115 @@ def _read_parquet(shard: Shard, damaged: Damaged) -> Iterator[str | np.ndarray]:
         for group in range(shard.begin, end):
             row = 0
             try:
-                for batch in table.iter_batches(_ROWS, [group], [shard.field]):
-                    column = batch.column(0)
-                    for part in inner:
-                        column = column.field(part)
-                    for document in _values(column):
+                for batch in table.iter_batches(_ROWS, [group], fields):
+                    for values in zip(*(_values(batch, field) for field in fields)):
                         place = f"{shard.url}, row group {group}, row {row}"
                         row += 1
-                        if isinstance(document, bytes):
-                            yield _decoded(document, place, damaged)
-                        elif document is None:
+                        if any(value is None for value in values):
                             _skip(damaged, place, "there is no value")
-                        else:
-                            yield document
+                            continue
+                        document, *rest = (
+                            _decoded(value, place, damaged)
+                            if isinstance(value, bytes)
+                            else value
+                            for value in values
+                        )
+                        if rest and not isinstance(rest[0], str):
+                            _skip(damaged, place, f"no text in the field {label!r}")
+                            continue
+                        yield document, rest[0] if rest else None
             except (pa.ArrowException, OSError, KeyError, TypeError) as error:
                 place = f"{shard.url}, row group {group} from row {row} on"
                 _skip(damaged, place, error)
 
 
-def _values(column: Any) -> Iterator[bytes | np.ndarray | None]:
+def _values(batch: Any, field: str) -> Iterator[bytes | np.ndarray | None]:
     """Texts as bytes, lists of token ids as arrays.
 
     Raises:
-      TypeError: the column holds neither.
+      TypeError: the field holds neither.
+      KeyError, ArrowException: there is no such field.
     """
     import pyarrow as pa
+    import pyarrow.compute
 
+    name, *inner = field.split(".")
+    column = batch.column(name)
+    if inner:
+        column = pyarrow.compute.struct_field(column, inner)
     kind = column.type
     if pa.types.is_dictionary(kind):
         column = column.dictionary_decode()
         kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_binary(kind):
-        yield from column.cast(pa.binary()).to_pylist()
-    elif pa.types.is_large_string(kind) or pa.types.is_large_binary(kind):
-        yield from column.cast(pa.large_binary()).to_pylist()
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        if not pa.types.is_integer(kind.value_type):
+    types = pa.types
+    if (
+        types.is_list(kind)
+        or types.is_large_list(kind)
+        or types.is_fixed_size_list(kind)
+    ):
+        if not types.is_integer(kind.value_type):
             raise TypeError(f"a column of {kind} holds neither text nor token ids")
         for row in column:
             valid = row.is_valid and not row.values.null_count
             yield row.values.to_numpy() if valid else None
+    elif (
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_string_view(kind)
+        or types.is_binary(kind)
+        or types.is_large_binary(kind)
+    ):
+        yield from column.cast(pa.large_binary()).to_pylist()
     else:
         raise TypeError(f"a column of {kind} holds neither text nor token ids")
 
 
-def _tokens_of(url: str) -> Any:
-    # Imported here: it brings the whole of training with it.
-    from jaxling.training import packing
+def _tokens_of(url: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Token ids, memory-mapped, and where documents begin if the file says so.
 
+    Raises:
+      ValueError: it is a URL, or no such file.
+      OSError: it cannot be read.
+    """
     if "://" in url:
         raise ValueError(f"Token files are memory-mapped, so {url} must be local.")
-    return packing.open_tokens(url)
+    if os.path.isdir(url):
+        # Imported here: it brings the whole of training with it.
+        from jaxling.training import packing
+
+        file = packing.open_tokens(url)
+        return np.asarray(file.tokens), np.asarray(file.documents)
+    # Not `open_tokens`, which reads a plain array through: it may be large, and every
+    # shard of it opens it.
+    try:
+        tokens = np.load(url, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError):
+        raise ValueError(
+            f"{url} is no .npy file; `numpy.save` writes one, with a header that tells"
+            " the type of its numbers."
+        ) from None
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(
+            f"{url} must hold integers on one axis; it holds {tokens.dtype} of shape"
+            f" {tokens.shape}."
+        )
+    return np.asarray(tokens), None
 
 
 def _read_tokens(shard: Shard, damaged: Damaged) -> Iterator[np.ndarray]:
     try:
-        file = _tokens_of(shard.url)
+        tokens, begins = _tokens_of(shard.url)
     except ValueError as error:
         _skip(damaged, shard.url, error)
         return
-    if shard.end_token is not None and len(file.documents) == 2:
-        yield from _cut_at(file.tokens, shard)
+    if begins is None and shard.end_token is not None:
+        yield from _cut_at(tokens, shard)
         return
-    end = len(file.documents) - 1 if shard.end is None else shard.end
+    if begins is None:
+        begins = np.array([0, len(tokens)])
+    end = len(begins) - 1 if shard.end is None else shard.end
     for document in range(shard.begin, end):
-        yield file.tokens[file.documents[document] : file.documents[document + 1]]
+        yield tokens[begins[document] : begins[document + 1]]
 
 
 def _cut_at(tokens: np.ndarray, shard: Shard) -> Iterator[np.ndarray]:
@@ -394,77 +467,3 @@ def _closed(tokens: np.ndarray, at: int, token: int | None) -> int:
         if len(found):
             return begin + int(found[0])
     return len(tokens)
-
-
-def _open(url: str) -> Any:
-    if "://" in url:
-        return _fsspec().open(url, "rb").open()
-    return open(url, "rb")
-
-
-def _unpacked(url: str, raw: BinaryIO) -> Any:
-    if url.endswith(".gz"):
-        return gzip.open(raw)
-    if url.endswith(".zst"):
-        return io.BufferedReader(_Frames(raw), 1 << 20)
-    return raw
-
-
-class _Frames(io.RawIOBase):
-    """What the frames of a .zst file hold, one after another.
-
-    The library's own reader takes a file that was cut for one that ends.
-    """
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self.raw = raw
-        # As far back as `zstd --long=31` refers.
-        self.made = _zstandard().ZstdDecompressor(max_window_size=1 << 31)
-        self.frame: Any = None
-        self.packed, self.ready = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.ready:
-            self.packed = self.packed or self.raw.read(1 << 16)
-            if not self.packed:
-                if self.frame is not None:
-                    raise EOFError("the file ends within a frame")
-                return 0
-            self.frame = self.frame or self.made.decompressobj()
-            self.ready = memoryview(self.frame.decompress(self.packed))
-            self.packed = b""
-            if self.frame.eof:
-                self.packed, self.frame = self.frame.unused_data, None
-        size = min(len(buffer), len(self.ready))
-        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
-        return size
-
-
-def _zst_error() -> type[Exception]:
-    try:
-        return _zstandard().ZstdError
-    except ImportError:
-        return EOFError
-
-
-def _zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError:
-        raise ImportError(
-            "Reading .zst needs the extra `corpus`: pip install 'jaxling[corpus]'."
-        ) from None
-    return zstandard
-
-
-def _fsspec() -> Any:
-    try:
-        import fsspec
-    except ImportError:
-        raise ImportError(
-            "Reading URLs needs the extra `corpus`: pip install 'jaxling[corpus]'."
-        ) from None
-    return fsspec

@@ -54,6 +54,8 @@ def count_corpus(
       workdir: where finished shards are kept, and read from if the run is repeated;
         None keeps nothing.
       processes: how many work at a time; as many as there are processors when None.
+        More than one import a calling script again, which must call this under
+        `if __name__ == "__main__":` only.
       strict: the first damage stops the run.
       progress: shows shards on standard error.
 
@@ -65,7 +67,7 @@ def count_corpus(
     """
     if not shards:
         raise ValueError("There is no shard to count.")
-    processes = processes or len(os.sched_getaffinity(0))
+    processes = processes or _processors()
     folder = None
     finished: dict[tuple[int, int], Counts | None] = {}
     if workdir is not None:
@@ -96,6 +98,13 @@ def count_corpus(
     return Corpus(total, len(shards), len(done))
 
 
+def _processors() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _counted(
     shards: Sequence[Shard],
     waiting: Sequence[int],
@@ -117,13 +126,17 @@ def _counted(
         (os.getpid(),),
     )
     try:
-        waiting_for = [pool.submit(_count_one, job) for job in jobs]
-        for future in concurrent.futures.as_completed(waiting_for):
+        # No list of them is kept here, for it would keep all their results.
+        for future in concurrent.futures.as_completed(
+            [pool.submit(_count_one, job) for job in jobs]
+        ):
             yield future.result()
     except BrokenProcessPool:
         raise ChildProcessError(
-            "A process that counted was killed; was there too little memory?"
-            " What is finished is kept: the same call goes on from it."
+            "A process that counted ended. Was it killed, for want of memory? Then the"
+            " same call goes on from what is finished in its `workdir`. Or is the call"
+            " at the top of a script? Processes import the script again, so it must"
+            " stand under `if __name__ == '__main__':`."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -263,8 +276,12 @@ def count_on_dask(
       strict: the first damage stops the run.
 
     Raises:
-      ValueError, OSError: as `count_shard`; there is no shard.
+      ValueError: there is no shard; as `count_shard`.
+      OSError: as `count_shard`; too many workers died of a shard, or the cluster ended.
     """
+    # Imported here: an extra, but whoever has a client has it.
+    from distributed.scheduler import KilledWorker
+
     if not shards:
         raise ValueError("There is no shard to count.")
     # The result of a task, not scattered data: it can be had again if it is lost.
@@ -274,7 +291,13 @@ def count_on_dask(
         pairs = zip(parts[::2], parts[1::2])
         rest = parts[len(parts) // 2 * 2 :]
         parts = [client.submit(merge, a, b, pure=False) for a, b in pairs] + rest
-    return parts[0].result()
+    try:
+        return parts[0].result()
+    except (KilledWorker, concurrent.futures.CancelledError) as error:
+        raise ChildProcessError(
+            f"The Dask cluster gave up: {error} Were workers killed, for want of"
+            " memory?"
+        ) from None
 
 
 def _itself(plan: Plan) -> Plan:
@@ -329,7 +352,11 @@ def load_counts(path: str | os.PathLike) -> Counts:
             values[name] = Pairs(*parts)
         values["damage"] = Damage(skipped, mended, empty, tuple(examples))
         return Counts(**values)
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    # RuntimeError: zipfile takes flipped bits for encryption and the like.
+    except (
+        *(ValueError, KeyError, TypeError, EOFError),
+        *(RuntimeError, zipfile.BadZipFile),
+    ) as error:
         raise ValueError(
             f"{path} is no file of counts, or damaged: {error!r}."
         ) from None
