@@ -130,6 +130,12 @@ def main(argv: list[str]) -> None:
             "The languages of --corpus are to be known: give --language_field or"
             " --identifier."
         )
+    common.refuse(["dask"], "the pool is counted by --processes.")
+    # Looked at before anything long begins.
+    if _IDENTIFIER.value:
+        selection.load_identifier(_IDENTIFIER.value)
+    _mix()
+    sentence_translation.sentence_chrf([], [])
     # Each arm writes its documents in the order of its seed: one program for all.
     recipe = pretrain.recipe_of_flags(
         steps=40, learning_rate=2e-4, rates=(("^embedding$", 0.1),)
@@ -180,6 +186,17 @@ def main(argv: list[str]) -> None:
 
         results[arm].append(_kept(run.workdir / f"{arm}-{seed}.json", trained))
     _report(run, before, results)
+
+
+def _mix() -> dict[str, float]:
+    """The shares of `--mix`; empty where it is not given."""
+    given = common.entries(_MIX.value, "mix")
+    try:
+        return {code: float(share) for code, share in given.items()}
+    except ValueError:
+        raise ValueError(
+            f"--mix takes language:share, a number; got {', '.join(_MIX.value)}."
+        ) from None
 
 
 def _kept(path: pathlib.Path, make) -> dict:
@@ -238,10 +255,11 @@ def _ended(documents, model) -> list[list[int]]:
 
 
 def _records(shards, seed: int, tokenizer) -> Iterator[tuple[str | np.ndarray, str]]:
-    """Documents and their languages.
+    """Documents and their languages; damage is passed over unless `--strict`.
 
-    Damage is passed over unless `--strict`. Two fields of a record are read side by
-    side, so that with `--language_field` it always stops.
+    Raises:
+      ValueError: no document can be read; a document's language cannot be told.
+      OSError: a file cannot be opened.
     """
     if not shards:
         verses = pool.without_books(demo.verses("held_out"), pool.EVALUATED_BOOKS)
@@ -249,32 +267,37 @@ def _records(shards, seed: int, tokenizer) -> Iterator[tuple[str | np.ndarray, s
             verses, characters=_POOL_CHARACTERS.value, seed=seed
         ):
             yield record.text, record.language
-    elif _LANGUAGE_FIELD.value:
-        for shard in shards:
-            labels = corpus.read_shard(shard._replace(field=_LANGUAGE_FIELD.value))
-            yield from zip(corpus.read_shard(shard), labels, strict=True)
-    else:
-        identify = selection.load_identifier(_IDENTIFIER.value or "")
-        damage: list[corpus.Damage] = []
-        for shard in shards:
-            report = None if common.STRICT.value else damage.append
-            for document in corpus.read_shard(shard, report):
-                text = document
-                if not isinstance(text, str):
-                    text = tokenizer.decode(text.tolist())
-                language = identify(text)
-                if not isinstance(language, str):
-                    raise ValueError(
-                        f"--identifier={_IDENTIFIER.value} must return the language as"
-                        f" text; it returned {language!r}."
-                    )
-                yield document, language
-        if damage:
-            logging.warning(
-                "%d records of the pool are damaged, such as: %s",
-                len(damage),
-                "; ".join(damage[0].examples),
-            )
+        return
+    damage: list[corpus.Damage] = []
+    report = None if common.STRICT.value else damage.append
+    read = 0
+    for shard in shards:
+        if _LANGUAGE_FIELD.value:
+            labelled = corpus.read_labelled(shard, _LANGUAGE_FIELD.value, report)
+        else:
+            labelled = _identified(corpus.read_shard(shard, report), tokenizer)
+        for record in labelled:
+            read += 1
+            yield record
+    if not read:
+        examples = "".join(f" The first: {d.examples[0]}." for d in damage[:1])
+        raise ValueError(f"No document of --corpus could be read.{examples}")
+    if damage:
+        logging.warning(
+            "%d records of the pool were skipped and %d mended, such as: %s",
+            sum(piece.skipped for piece in damage),
+            sum(piece.mended for piece in damage),
+            "; ".join(damage[0].examples),
+        )
+
+
+def _identified(documents, tokenizer) -> Iterator[tuple[str | np.ndarray, str]]:
+    identify = selection.load_identifier(_IDENTIFIER.value or "")
+    for document in documents:
+        text = document
+        if not isinstance(text, str):
+            text = tokenizer.decode(text.tolist())
+        yield document, identify(text)
 
 
 def _pool(workdir, shards, tokenizer, model, recipe, seed: int) -> _Pool:
@@ -302,9 +325,7 @@ def _pool(workdir, shards, tokenizer, model, recipe, seed: int) -> _Pool:
     languages = json.loads((folder / "languages.json").read_text("utf-8"))
     bounds = zip(file.documents[:-1], file.documents[1:])
     documents = [file.tokens[begin:end] for begin, end in bounds]
-    mix = {
-        code: float(share) for code, share in common.entries(_MIX.value, "mix").items()
-    } or selection.equal_mix(languages)
+    mix = _mix() or selection.equal_mix(languages)
     found = _graph(folder, file, documents, languages, size, model)
     chosen = selection.pivot_set(found, _PIVOT_TOKENS.value)
     return _Pool(

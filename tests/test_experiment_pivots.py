@@ -124,7 +124,8 @@ def small(**flags):
 
 
 def test_arms_are_trained_measured_and_kept(place, tmp_path, monkeypatch):
-    given = small(corpus=[f"{place}/pool.jsonl"], language_field="lang")
+    # With a record that is none, and is passed over.
+    given = small(corpus=[f"{place}/corpus.jsonl"], language_field="lang")
     given["parallel"] = f"{place}/sentences.tsv"
     with settings(place, tmp_path / "run", **given):
         pivot_pretraining.main([])
@@ -132,7 +133,8 @@ def test_arms_are_trained_measured_and_kept(place, tmp_path, monkeypatch):
     first = json.loads((run / "summary.json").read_text())
     table = pyarrow.parquet.read_table(run / "arms.parquet").to_pydict()
     assert table["arm"] == [arm for arm in selection.ARMS for _ in range(2)]
-    assert len(set(table["predicted_tokens"])) <= 8
+    # Of 2 steps of 2 rows of 64 positions, less what rows end and documents begin with.
+    assert 0.9 * max(table["predicted_tokens"]) < min(table["predicted_tokens"]) < 256
     assert all(t >= 2 * 2 * 64 for t in table["tokens"])
     shares = first["arms"]
     assert min(shares["pivots"]["pivot_share"]) > max(
@@ -161,7 +163,9 @@ def test_arms_are_trained_measured_and_kept(place, tmp_path, monkeypatch):
     module = types.ModuleType("languages_of_the_pool")
     module.identify = lambda text: "f" if "mot" in text else "e"
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    given = small(corpus=given["corpus"], identifier=f"{module.__name__}:identify")
+    given = small(
+        corpus=[f"{place}/pool.jsonl"], identifier=f"{module.__name__}:identify"
+    )
     given |= {"parallel": f"{place}/sentences.tsv", "seeds": 1}
     with settings(place, tmp_path / "identified", **given):
         pivot_pretraining.main([])
@@ -177,11 +181,16 @@ def test_arms_are_trained_measured_and_kept(place, tmp_path, monkeypatch):
         (dict(corpus=["x"]), "languages of --corpus are to be known"),
         (dict(language_field="a", identifier="b:c"), "exclude each other"),
         (dict(corpus=["{}/none.jsonl"], language_field="lang"), "none.jsonl"),
-        (dict(corpus=["{}/corpus.jsonl"], language_field="lang"), "no JSON"),
+        (
+            dict(corpus=["{}/corpus.jsonl"], language_field="lang", strict=True),
+            "no JSON",
+        ),
         (dict(corpus=["{}/pool.jsonl"], language_field="tongue"), "tongue"),
         (dict(corpus=["{}/pool.jsonl"], identifier="json:gone"), "module:function"),
         (dict(corpus=["{}/pool.jsonl"], identifier="builtins:len"), "must return the"),
         (dict(mix=["eng"]), "--mix takes key:value"),
+        (dict(mix=["e:much"]), "--mix takes language:share, a number; got e:much"),
+        (dict(dask="localhost:8786"), "--dask has no meaning here"),
         (dict(mix=["zzz:1"]), "Documents of 'zzz' hold 0 tokens"),
         (dict(steps=2000), "lower the budget"),
     ],

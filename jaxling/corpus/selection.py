@@ -172,6 +172,8 @@ def joined_share(
 def load_identifier(name: str) -> Callable[[str], str]:
     """The function `name`, as module:function, that tells the language of a text.
 
+    It raises ValueError where what it tells is no text.
+
     Raises:
       ValueError: there is no such function.
     """
@@ -185,7 +187,17 @@ def load_identifier(name: str) -> Callable[[str], str]:
         ) from None
     if not colon or not callable(found):
         raise ValueError(f"A language identifier is a function; {name!r} is none.")
-    return found
+
+    def identify(text: str) -> str:
+        language = found(text)
+        if not isinstance(language, str):
+            raise ValueError(
+                f"A language identifier must return the language as text; {name}"
+                f" returned {language!r}."
+            )
+        return language
+
+    return identify
 
 
 def equal_mix(languages: Sequence[str]) -> dict[str, float]:
