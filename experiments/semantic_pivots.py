@@ -18,7 +18,9 @@ to both words. That filter was not published. Here it is `--minimum_association`
 (normalised pointwise mutual information over documents) and `--minimum_similarity`
 (cosine of embeddings), and each step is reported. The paper expects probability to move
 from source to pivot to target tokens, layer by layer, where the answer begins; the same
-is measured here, beside the pivots of other words of the same languages, as a control.
+is measured here, beside the pivots of other words of the same languages, as a control;
+and, as its code does, the Score is fitted by ln(documents with both words) and by the
+pivots' company, the sum of ln(documents with a pivot and the word it is rarer beside).
 
 Where there is a truth the finder is checked against it: King James verses in a language
 and its clone that never meet in a document, each with two further clones that they
@@ -27,6 +29,7 @@ share, which are then the only true pivots. `--testbed_documents=0` leaves that 
 
 import hashlib
 import itertools
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -41,7 +44,7 @@ from jaxling import (
     vocabulary,
     word_translation,
 )
-from jaxling.corpus import pivots, selection
+from jaxling.corpus import pivots, predictions, selection
 from jaxling.demo import pool, text
 from jaxling.report import plots, tables
 
@@ -77,10 +80,12 @@ def main(argv: list[str]) -> None:
     word_translation.save_task(task, run.workdir / "task.json")
     counts, term = _count(run, task, tokenizer, len(model.embedding[...]))
     own = [_tokens(tokenizer, item.word, item.answer) for item in task.items]
+    sources = [term[item.word] for item in task.items]
+    targets = [term[item.answer] for item in task.items]
     found = pivots.find(
         counts,
-        [term[item.word] for item in task.items],
-        [term[item.answer] for item in task.items],
+        sources,
+        targets,
         k=k,
         excluded=[{*source, *target} for source, target in own],
     )
@@ -89,26 +94,31 @@ def main(argv: list[str]) -> None:
     )
     steps = _filtered(found, similarity)
     other = _of_others(task, steps[-1][1].sets(), own)
+    prompts: dict[str, Any] = dict(
+        shots=common.SHOTS.value,
+        seed=common.SEED.value,
+        batch=_BATCH,
+        language_tokens=common.entries(common.LANGUAGE_TOKENS.value, "language_tokens")
+        or None,
+        progress=lambda parts: tqdm.tqdm(parts, unit="batch", disable=None),
+    )
     masses = {}
     for label, sets in [*((n, p.sets()) for n, p in steps), ("control", other)]:
-        masses[label] = behaviours.trace(
-            model,
-            tokenizer,
-            task,
-            shots=common.SHOTS.value,
-            seed=common.SEED.value,
-            batch=_BATCH,
-            pivots=sets,
-            language_tokens=common.entries(
-                common.LANGUAGE_TOKENS.value, "language_tokens"
-            )
-            or None,
-            progress=lambda parts: tqdm.tqdm(parts, unit="batch", disable=None),
-        )
+        masses[label] = behaviours.trace(model, tokenizer, task, pivots=sets, **prompts)
+    scores = word_translation.score_task(
+        model, tokenizer, task, draws=common.DRAWS.value, **prompts
+    ).score
+    variables = {
+        "pair": predictions.log_counts(
+            corpus.pair_counts(counts.document_pairs, sources, targets)
+        ),
+        "pivots": pivots.company(found, steps[-1][1]),
+    }
     summary = {
         "documents": counts.documents,
         "damage": counts.damage._asdict(),
         "words_in_no_document": int((found.documents == 0).any(1).sum()),
+        "fits_of_score": _fits(variables, scores),
         **_masses(run.workdir, masses, [label for label, _ in steps]),
     }
     summary["steps"] = {
@@ -118,7 +128,8 @@ def main(argv: list[str]) -> None:
         }
         for label, chosen in steps
     }
-    _save(run.workdir, task, found, similarity, steps, words)
+    measured = {"score": scores, **variables}
+    _save(run.workdir, task, measured, found, similarity, steps, words)
     if _TESTBED.value:
         summary["testbed"] = _testbed(k)
     common.finish(run, summary)
@@ -136,7 +147,6 @@ def _count(run, task, tokenizer, size):
         terms = corpus.surface_terms(asked)
     plan = corpus.Plan(
         terms,
-        pairs=False,
         term_tokens=True,
         tokenizer=tokenizer,
         vocabulary_size=size,
@@ -182,6 +192,19 @@ def _of_others(task, sets, own) -> list[list[int]]:
     return other
 
 
+def _fits(variables, scores: np.ndarray) -> dict:
+    """What a pair's own count and its pivots explain of the Scores, and both do."""
+    chosen = {name: {name: values} for name, values in variables.items()}
+    found = {}
+    for name, own in (chosen | {"both": variables}).items():
+        fitted = predictions.fit(own, scores, seed=common.SEED.value)
+        found[name] = {
+            "slopes": {k: slope._asdict() for k, slope in fitted.slopes.items()},
+            "explained": fitted.explained._asdict(),
+        }
+    return found
+
+
 def _masses(workdir, traces, labels) -> dict:
     """Mean mass by layer, over the items with pivots after every step."""
     whole = [traces[label].pivot_mass for label in (*labels, "control")]
@@ -211,7 +234,7 @@ def _masses(workdir, traces, labels) -> dict:
     }
 
 
-def _save(workdir, task, found, similarity, steps, words) -> None:
+def _save(workdir, task, measured, found, similarity, steps, words) -> None:
     """One row for every item, its pivots best first in lists."""
     sets = [chosen.sets() for _, chosen in steps]
     held = [len(own) for own in sets[0]]
@@ -228,6 +251,9 @@ def _save(workdir, task, found, similarity, steps, words) -> None:
             },
             "word_documents": found.documents[:, 0],
             "answer_documents": found.documents[:, 1],
+            "translation_score": measured["score"],
+            "ln_count": measured["pair"],
+            "pivot_company": measured["pivots"],
             "pivot_token_id": sets[0],
             "pivot": [[_spelled(words, t) for t in own] for own in sets[0]],
             "score": lists(found.pivots.scores),
@@ -324,6 +350,24 @@ def _show(task, steps, words, summary, workdir) -> None:
                 digits=4,
             )
         )
+    print()
+    print(
+        tables.format_table(
+            ["linear fit of the Score", "R²", "95%", "slopes"],
+            [
+                [
+                    {
+                        "pair": "ln(count of both words)",
+                        "pivots": "pivots' company",
+                    }.get(label, label),
+                    fitted["explained"]["value"],
+                    "{low:.3f} – {high:.3f}".format(**fitted["explained"]),
+                    ", ".join(f"{s['value']:.4f}" for s in fitted["slopes"].values()),
+                ]
+                for label, fitted in summary["fits_of_score"].items()
+            ],
+        )
+    )
     if "testbed" in summary:
         print()
         print(

@@ -101,6 +101,10 @@ def test_planted_pivots_are_found_and_read_in_the_layers(place, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["documents"] == 600 and summary["damage"]["skipped"] == 1
     assert summary["items_read"] >= 5  # the control needs another word's pivots
+    fits = summary["fits_of_score"]
+    alone = max(fits[name]["explained"]["value"] for name in ("pair", "pivots"))
+    assert alone <= fits["both"]["explained"]["value"] <= 1
+    assert items["ln_count"] == [0] * 6 and min(items["pivot_company"]) > 0
     assert summary["testbed"]["best 2 by score"]["precision"] > 0.3
     assert (tmp_path / "mass.png").stat().st_size > 1000
 

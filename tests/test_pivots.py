@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxling import cloned_languages
-from jaxling.corpus import pivots
+from jaxling import cloned_languages, corpus
+from jaxling.corpus import pivots, selection
 
 SIZE = 60
 
@@ -140,6 +140,32 @@ def test_known_pivots_of_cloned_languages_are_found(rng, bridges):
     # Words drawn as pairs at random have no pivot in common but by chance.
     turned = pivots.candidates(sides[0], np.roll(sides[1], 2, 0), k=bridges)
     assert pivots.agreement(turned, truth).precision < 0.3
+
+
+def test_counts_of_a_corpus_give_pivots_and_their_company():
+    # Words 0 and 1; token 2 is beside both, token 3 beside one, token 4 anywhere.
+    documents = [[0, 2, 4]] * 3 + [[1, 2, 4]] * 2 + [[1, 2], [0, 3, 4], [4], [5], [4]]
+    counts = corpus.count_documents(
+        map(np.array, documents),
+        corpus.Plan(
+            selection.token_nodes([0, 1, 9]),
+            pairs=False,
+            term_tokens=True,
+            vocabulary_size=10,
+        ),
+    )
+    found = pivots.find(counts, [0, 2], [1, 1], k=3, excluded=[{0, 1}, ()])
+    assert found.pivots.sets() == [[2], []]
+    # Shares: 3/4 and 3/3 of the words' documents, and 6/10 of all.
+    np.testing.assert_allclose(found.pivots.scores[0, 0], 3 / 4 - 6 / 10)
+    np.testing.assert_array_equal(found.together[0], [3, np.nan, np.nan])
+    np.testing.assert_array_equal(found.documents, [[4, 3], [0, 3]])
+    company = pivots.company(found, found.pivots)
+    np.testing.assert_allclose(company, [np.log(3), 0])
+    nothing = pivots.keep(found.pivots, found.association, 2.0)
+    np.testing.assert_array_equal(pivots.company(found, nothing), [0, 0])
+    with pytest.raises(ValueError, match="term_tokens=True"):
+        pivots.find(counts._replace(term_tokens=None), [0], [1])
 
 
 def test_agreement_counts_by_hand():

@@ -78,6 +78,33 @@ def test_the_same_items_are_drawn_for_every_count():
     assert repr(again) == repr(predictions.relate(pairs, counts, scores, kinds))
 
 
+def test_a_linear_fit_is_least_squares():
+    rng = np.random.default_rng(3)
+    one, two = rng.normal(size=(2, 400))
+    noise = rng.normal(size=400)
+    scores = 2 * one - 3 * two + 5 + noise
+    found = predictions.fit({"one": one, "two": two}, scores, resamples=200)
+    design = np.stack([one, two, np.ones(400)], 1)
+    expected, (left,), *_ = np.linalg.lstsq(design, scores)
+    for name, slope, true in (("one", expected[0], 2), ("two", expected[1], -3)):
+        estimate = found.slopes[name]
+        assert estimate.value == pytest.approx(slope)
+        # Standard errors are 0.05: intervals are some 0.2 wide and near the truth.
+        assert 0.15 < estimate.high - estimate.low < 0.25
+        assert estimate.low - 0.1 < true < estimate.high + 0.1
+    total = ((scores - scores.mean()) ** 2).sum()
+    assert found.explained.value == pytest.approx(1 - left / total)
+    assert found.explained.low < found.explained.value < found.explained.high
+    alone = predictions.fit({"one": one}, scores, resamples=2)
+    r = np.corrcoef(one, scores)[0, 1]
+    assert alone.explained.value == pytest.approx(r * r)
+    twice = predictions.fit({"one": one, "again": one}, scores, resamples=2)
+    assert twice.explained.value == pytest.approx(r * r)
+    assert np.isnan(predictions.fit({"one": one}, np.ones(400)).explained.value)
+    with pytest.raises(ValueError, match="Every item needs"):
+        predictions.fit({"one": one}, scores[1:])
+
+
 def test_items_without_a_count_are_refused():
     pairs, counts, scores, kinds = items()
     with pytest.raises(ValueError, match="Every item needs"):

@@ -159,11 +159,13 @@ class Found(NamedTuple):
     """The candidates of each item, and what speaks for them.
 
     `association` `[item, k]` is the mutual information with the less related word,
-    `documents` `[item, 2]` how many documents hold the source and the target word.
+    `together` `[item, k]` how many documents hold the pivot and the word that it is
+    rarer beside, `documents` `[item, 2]` how many hold the source and the target word.
     """
 
     pivots: Pivots
     association: np.ndarray
+    together: np.ndarray
     documents: np.ndarray
 
 
@@ -200,10 +202,27 @@ def find(
         own = None if excluded is None else excluded[start : start + _BLOCK]
         shares = excess(*arguments)
         listed = candidates(shares[of[0]], shares[of[1]], k=k, excluded=own)
-        related = mutual_information(*arguments)
-        blocks.append((*listed, weaker(related[of[0]], related[of[1]], listed)))
-    tokens, scores, association = map(np.concatenate, zip(*blocks))
-    return Found(Pivots(tokens, scores), association, held[sides])
+        relations = [
+            weaker(table[of[0]], table[of[1]], listed)
+            for table in (mutual_information(*arguments), together)
+        ]
+        blocks.append((*listed, *relations))
+    tokens, scores, *relations = map(np.concatenate, zip(*blocks))
+    return Found(Pivots(tokens, scores), *relations, held[sides])
+
+
+def company(found: Found, kept: Pivots) -> np.ndarray:
+    """How much company the pivots of each item keep with both words, `[item]` float64.
+
+    The sum over the pivots t that are left in `kept` of ln min(n(source, t), n(target,
+    t)), documents of both: the second variable of the linear fit of the Score in the
+    paper's code (`predictions.fit`). 0 without pivots.
+    """
+    sums = np.zeros(len(found.pivots.tokens))
+    for row, own in enumerate(kept.sets()):
+        chosen = np.isin(found.pivots.tokens[row], own)
+        sums[row] = np.log(found.together[row, chosen]).sum()
+    return sums
 
 
 def _rows(pairs: Pairs, terms: np.ndarray, size: int) -> np.ndarray:
