@@ -78,6 +78,25 @@ def test_token_frequencies_are_what_token_neighbors_reads(place, tmp_path):
     assert "line 6: no JSON" in strict.stderr
 
 
+def test_a_dask_cluster_counts_the_same(place, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=1, processes=False, protocol="tcp://", dashboard_address=None
+    ) as cluster:
+        flags = [f"--corpus={place}/a.jsonl", f"--workdir={tmp_path / 'dask'}"]
+        done = run("token_frequencies", *flags, f"--dask={cluster.scheduler_address}")
+    assert done.returncode == 0, done.stderr
+    assert "1 records were skipped" in done.stderr
+    flags[1] = f"--workdir={tmp_path / 'here'}"
+    assert run("token_frequencies", *flags, "--processes=1").returncode == 0
+    one, other = (
+        json.loads((tmp_path / name / "summary.json").read_text())
+        for name in ("dask", "here")
+    )
+    assert one == other and one["tokens"] > 10_000
+    assert not (tmp_path / "dask" / "counts").exists()
+
+
 @pytest.mark.parametrize("flags", [[], ["--window=30"], ["--match_tokens"]])
 def test_counts_of_traced_items(place, tmp_path, flags):
     flags = [*flags, f"--corpus={place}/a.jsonl", "--processes=1"]

@@ -246,7 +246,8 @@ def _read_jsonl(
             document = _document(_within(record, name))
             own = None
             if label is not None:
-                name, own = label, _within(record, label)
+                name = label
+                own = _within(record, name)
                 if not isinstance(own, str):
                     raise TypeError(f"no text: {type(own)}")
         except (KeyError, TypeError, IndexError):
