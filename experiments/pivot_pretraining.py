@@ -56,7 +56,7 @@ from jaxling import (
     vocabulary,
     word_translation,
 )
-from jaxling.corpus import selection
+from jaxling.corpus import pools, selection
 from jaxling.demo import pool
 from jaxling.report import plots, tables
 
@@ -97,18 +97,6 @@ _METRICS = {
     "loss": "loss, nats a token",
 }
 _MEASURED = (*_METRICS, "first")
-
-
-class _Pool(NamedTuple):
-    """Documents to choose from, and what the choice is made by."""
-
-    documents: list[np.ndarray]
-    lengths: np.ndarray
-    languages: list[str]
-    mix: dict[str, float]
-    pivots: np.ndarray
-    pivot_score: np.ndarray
-    joined_score: np.ndarray
 
 
 class _Questions(NamedTuple):
@@ -165,15 +153,13 @@ def main(argv: list[str]) -> None:
     results: dict[str, list[dict]] = {arm: [] for arm in selection.ARMS}
     seeds = range(common.SEED.value, common.SEED.value + _SEEDS.value)
     waiting = [(seed, arm) for seed in seeds for arm in selection.ARMS]
-    chosen_from: dict[int, _Pool] = {}
+    chosen_from: dict[int, pools.Pool] = {}
     for seed, arm in tqdm.tqdm(waiting, unit="arm", disable=None):
 
         def trained(seed=seed, arm=arm) -> dict:
             if seed not in chosen_from:
                 chosen_from.clear()
-                chosen_from[seed] = _pool(
-                    run.workdir, shards, tokenizer, base, recipe, seed
-                )
+                chosen_from[seed] = _pool(run.workdir, shards, tokenizer, base, seed)
             return _arm(
                 run.workdir / f"{arm}-{seed}",
                 chosen_from[seed],
@@ -239,19 +225,20 @@ def _questions(workdir, model, tokenizer, task) -> _Questions:
         pool.paired((task.names[s.source], task.names[s.target]), (s.text, s.answer))
         for s in sentences
     ]
+    end = _end(model)
+    ends = [] if end is None else [end]
     file = training.write_tokens(
         workdir / "evaluation_tokens",
-        _ended([c.ids for c in tokenizer.encode_batch(written)], model),
+        ([*coded.ids, *ends] for coded in tokenizer.encode_batch(written)),
         vocabulary_size=len(model.embedding[...]),
     )
     return _Questions(task, sentences, task.names, file)
 
 
-def _ended(documents, model) -> list[list[int]]:
-    """Documents with the model's end token behind them, where it has one."""
+def _end(model) -> int | None:
+    """The token that ends the model's documents."""
     end = model.config.get("eos_token_id")
-    end = end[0] if isinstance(end, list) else end
-    return [ids if end is None else [*ids, end] for ids in documents]
+    return end[0] if isinstance(end, list) else end
 
 
 def _records(shards, seed: int, tokenizer) -> Iterator[tuple[str | np.ndarray, str]]:
@@ -300,82 +287,30 @@ def _identified(documents, tokenizer) -> Iterator[tuple[str | np.ndarray, str]]:
         yield document, identify(text)
 
 
-def _pool(workdir, shards, tokenizer, model, recipe, seed: int) -> _Pool:
-    """Reads and tokenises the pool, builds the graph, and scores every document.
-
-    A pool of files is the same for every seed, the built-in one is drawn by it.
-    """
+def _pool(workdir, shards, tokenizer, model, seed: int) -> pools.Pool:
+    """A pool of files is the same for every seed, the built-in one is drawn by it."""
     folder = workdir / (f"pool-{seed}" if not shards else "pool")
-    size = len(model.embedding[...])
-    if not (folder / "languages.json").exists():
-        languages: list[str] = []
-
-        def tokenised():
-            for text, language in _records(shards, seed, tokenizer):
-                ids = text
-                if isinstance(text, str):
-                    ids = tokenizer.encode(text, add_special_tokens=False).ids
-                if len(ids):
-                    languages.append(language)
-                    yield _ended([list(ids)], model)[0]
-
-        training.write_tokens(folder / "tokens", tokenised(), vocabulary_size=size)
-        common.write_json(folder / "languages.json", languages)
-    file = training.open_tokens(folder / "tokens")
-    languages = json.loads((folder / "languages.json").read_text("utf-8"))
-    bounds = zip(file.documents[:-1], file.documents[1:])
-    documents = [file.tokens[begin:end] for begin, end in bounds]
-    mix = _mix() or selection.equal_mix(languages)
-    found = _graph(folder, file, documents, languages, size, model)
-    chosen = selection.pivot_set(found, _PIVOT_TOKENS.value)
-    return _Pool(
-        documents,
-        np.diff(file.documents),
-        languages,
-        mix,
-        chosen,
-        selection.share_of(documents, chosen, size),
-        selection.joined_share(documents, found, size, without=chosen),
+    size, end = len(model.embedding[...]), _end(model)
+    pools.write_pool(
+        folder,
+        _records(shards, seed, tokenizer),
+        tokenizer,
+        vocabulary_size=size,
+        end_token=end,
     )
-
-
-def _graph(folder, file, documents, languages, size, model) -> selection.Graph:
-    """The graph of co-occurrence of the commonest tokens of the pool."""
-    shards = corpus.find_shards([str(file.path)], format="tokens")
-    every = corpus.Plan(tokens=True, vocabulary_size=size)
-    counts = corpus.count_corpus(
-        shards, every, processes=common.PROCESSES.value, progress=False
-    ).counts
-    end = _ended([[]], model)[0]
-    assert counts.token_documents is not None, "the plan counts tokens"
-    nodes = selection.commonest(
-        counts.token_documents, _GRAPH_TOKENS.value, excluded=end
-    )
-    plan = corpus.Plan(selection.token_nodes(nodes), pairs=True, vocabulary_size=size)
-    together = corpus.count_corpus(
-        shards,
-        plan,
-        workdir=folder / "counts",
+    return pools.score_pool(
+        folder,
+        vocabulary_size=size,
+        graph_tokens=_GRAPH_TOKENS.value,
+        edge_documents=_EDGE_DOCUMENTS.value,
+        edge_association=_EDGE_ASSOCIATION.value,
+        pivot_tokens=_PIVOT_TOKENS.value,
+        excluded=[] if end is None else [end],
         processes=common.PROCESSES.value,
-        progress=False,
-    ).counts
-    rows: dict[str, list[int]] = {}
-    for row, language in enumerate(languages):
-        rows.setdefault(language, []).append(row)
-    parts = [
-        corpus.count_documents((documents[i] for i in own), plan._replace(pairs=False))
-        for own in rows.values()
-    ]
-    return selection.graph(
-        together,
-        nodes,
-        parts=parts,
-        documents=_EDGE_DOCUMENTS.value,
-        association=_EDGE_ASSOCIATION.value,
     )
 
 
-def _arm(folder, of: _Pool, arm, seed, tokenizer, questions, recipe) -> dict:
+def _arm(folder, of: pools.Pool, arm, seed, tokenizer, questions, recipe) -> dict:
     """Trains one arm with one seed, measures it, and leaves the folder empty."""
     chosen = selection.arm(
         arm,
@@ -383,7 +318,7 @@ def _arm(folder, of: _Pool, arm, seed, tokenizer, questions, recipe) -> dict:
         joined_score=of.joined_score,
         lengths=of.lengths,
         languages=of.languages,
-        mix=of.mix,
+        mix=_mix() or selection.equal_mix(of.languages),
         budget=recipe.steps * recipe.batch * recipe.length,
         seed=seed,
     )

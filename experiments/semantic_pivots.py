@@ -8,8 +8,10 @@ and 3 million characters of the verses and verse pairs that it learned from.
 
 Expect: 21 pivots for an item after both filters, of 65 before; mean mass of source
 tokens is highest in the first of four layers (0.094), of pivots in the second (0.044,
-and 0.008 of other words' pivots), of target tokens in the last (0.088). On clones,
-where the truth is known, precision and recall are 0.99; a minute on two cores.
+and 0.008 of other words' pivots), of target tokens in the last (0.088); R² of the Score
+is 0.08 by the pair's count, 0.08 by its pivots and 0.10 by both. On clones, where the
+truth is known, 0.99 of the best two are the true two, and of the best 100 the filter
+keeps 0.996 of those and few enough others that 0.18 are true; a minute on two cores.
 
 He et al., 2025, "Semantic Pivots", https://arxiv.org/abs/2505.16385: a token's score is
 by how much it is commoner beside the source word than anywhere, or beside the target

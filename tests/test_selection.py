@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxling import corpus, demo, intervals
-from jaxling.corpus import pivots, selection
+from jaxling.corpus import pivots, pools, selection
 from jaxling.demo import documents as demo_documents
 from jaxling.demo import pool
 
@@ -97,6 +97,47 @@ def test_of_one_language_association_is_normalised_mutual_information(documents)
 def test_the_commonest_tokens_are_nodes_once_they_are_in_two_documents():
     found = selection.commonest(np.array([3, 9, 1, 3, 0, 8]), 4, excluded=[5])
     np.testing.assert_array_equal(found, [1, 0, 3])
+
+
+def test_a_pool_is_written_once_and_scored_by_its_own_graph(documents, tmp_path):
+    documents, languages = documents
+    records = [*zip(documents, languages), (np.array([], int), "a")]
+
+    def once():
+        yield from records
+        records.clear()
+
+    options = dict(vocabulary_size=VOCABULARY + 1)
+    pools.write_pool(tmp_path, once(), None, end_token=VOCABULARY, **options)
+    pools.write_pool(tmp_path, once(), None, end_token=VOCABULARY, **options)
+    found = pools.score_pool(
+        tmp_path,
+        graph_tokens=30,
+        edge_documents=3,
+        edge_association=0.1,
+        pivot_tokens=5,
+        excluded=[VOCABULARY],
+        processes=1,
+        **options,
+    )
+    assert found.languages == languages
+    ended = [np.append(document, VOCABULARY) for document in documents]
+    for one, other in zip(found.documents, ended, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(found.lengths, list(map(len, ended)))
+    held = np.zeros(VOCABULARY, int)
+    for document in documents:
+        held[np.unique(document)] += 1
+    nodes = np.argsort(-held, kind="stable")[:30]
+    counts, parts = counted(documents, languages, nodes)
+    graph = selection.graph(counts, nodes, parts=parts, documents=3, association=0.1)
+    best = selection.pivot_set(graph, 5)
+    np.testing.assert_array_equal(found.pivots, best)
+    shares = [np.isin(document, best).mean() for document in ended]
+    np.testing.assert_allclose(found.pivot_score, shares)
+    joined = selection.joined_share(documents, graph, VOCABULARY, without=best)
+    np.testing.assert_array_equal(found.joined_score, joined)
+    assert len(set(shares)) > 5 and len(set(joined.tolist())) > 5
 
 
 def test_scores_by_hand():
