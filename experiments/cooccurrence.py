@@ -54,6 +54,11 @@ def main(argv: list[str]) -> None:
     """Counts, relates counts to Scores and behaviours, leaves tables and pictures."""
     del argv
     if _TRACE.value:
+        common.refuse(
+            ("task", "lexicon", "word_lists", "names", "hard", "words", "shots")
+            + ("draws", "language_tokens"),
+            "--trace has items, Scores and behaviours.",
+        )
         items = _read(_TRACE.value)
         run = common.begin("cooccurrence", {"items": _digest(items)})
     else:

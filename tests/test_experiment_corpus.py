@@ -140,6 +140,7 @@ def test_counts_of_traced_items(place, tmp_path, flags):
         (["--trace={}/a.jsonl"], "is no items.parquet"),
         (["--trace={}/nowhere.parquet"], "nowhere.parquet"),
         (["--trace={}/items.parquet", "--corpus={}/nothing-*"], "no file at"),
+        (["--trace={}/items.parquet", "--words=3"], "--words has no meaning here"),
         (
             ["--trace={}/items.parquet", "--corpus={}/a.jsonl", "--text_field=txt"],
             "601 records were skipped and 0 are empty. The first: ",
