@@ -108,6 +108,12 @@ TEXT_FIELD = flags.DEFINE_string(
 END_TOKEN = flags.DEFINE_integer(
     "end_token", None, "Closes each document of a .npy of token ids.", 0
 )
+TOKEN_TYPE = flags.DEFINE_enum(
+    "token_type",
+    None,
+    ["uint16", "uint32", "int32", "int64"],
+    "Of the ids in files of --corpus that hold nothing else, without a header.",
+)
 MATCH_TOKENS = flags.DEFINE_bool(
     "match_tokens", False, "Look for words as tokens, not as text between boundaries."
 )
@@ -365,6 +371,23 @@ def translation_task(model: Any, tokenizer: Any) -> Any:
     )
 
 
+def shards() -> list:
+    """The shards of `--corpus`; none where it is not given.
+
+    Raises:
+      ValueError, OSError, ImportError: as `jaxling.corpus.find_shards`.
+    """
+    from jaxling import corpus
+
+    return corpus.find_shards(
+        CORPUS.value,
+        format=CORPUS_FORMAT.value,
+        field=TEXT_FIELD.value,
+        end_token=END_TOKEN.value,
+        token_type=TOKEN_TYPE.value,
+    )
+
+
 def count(plan: Any, run: Run, built_in: Iterable[str]) -> Any:
     """The `jaxling.corpus.Counts` of `--corpus`, or of the built-in documents.
 
@@ -379,12 +402,7 @@ def count(plan: Any, run: Run, built_in: Iterable[str]) -> Any:
 
     if not CORPUS.value:
         return corpus.count_documents(built_in, plan)
-    shards = corpus.find_shards(
-        CORPUS.value,
-        format=CORPUS_FORMAT.value,
-        field=TEXT_FIELD.value,
-        end_token=END_TOKEN.value,
-    )
+    parts = shards()
     if DASK.value:
         try:
             import distributed
@@ -394,10 +412,10 @@ def count(plan: Any, run: Run, built_in: Iterable[str]) -> Any:
             ) from None
 
         with distributed.Client(DASK.value) as client:
-            counts = corpus.count_on_dask(shards, plan, client, strict=STRICT.value)
+            counts = corpus.count_on_dask(parts, plan, client, strict=STRICT.value)
     else:
         counts = corpus.count_corpus(
-            shards,
+            parts,
             plan,
             workdir=run.workdir / "counts",
             processes=PROCESSES.value,

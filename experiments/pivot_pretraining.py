@@ -132,14 +132,7 @@ def main(argv: list[str]) -> None:
     base = models.load(name, revision=revision, dtype="float32")
     tokenizer = vocabulary.load_tokenizer(name, revision)
     task = common.translation_task(base, tokenizer)
-    shards = []
-    if common.CORPUS.value:
-        shards = corpus.find_shards(
-            common.CORPUS.value,
-            format=common.CORPUS_FORMAT.value,
-            field=common.TEXT_FIELD.value,
-            end_token=common.END_TOKEN.value,
-        )
+    shards = common.shards()
     digest = hashlib.sha256(repr(task).encode(errors="surrogatepass")).hexdigest()
     run = common.begin(
         "pivot_pretraining", {"task": digest, "shards": [s.url for s in shards]}

@@ -97,6 +97,23 @@ def test_token_ids_in_every_format(tmp_path):
             assert [ids.tolist() for ids in found] == IDS, (name, size)
     (whole,) = read([tmp_path / "flat.npy"])
     np.testing.assert_array_equal(whole, flat)
+    bare = tmp_path / "bare.bin"
+    flat.tofile(bare)
+    given = dict(format="tokens", token_type="uint32")
+    for size in (1, 9, 1 << 20):
+        found = read([bare], end_token=0, size=size, **given)
+        assert [ids.tolist() for ids in found] == IDS
+    (whole,) = read([bare], **given)
+    np.testing.assert_array_equal(whole, flat)
+    for place, options, words in (
+        (bare, dict(format="tokens"), "name their type"),
+        (bare, dict(token_type="uint32"), "`format` be tokens"),
+        (bare, given | dict(token_type="float32"), "must be one of"),
+        (bare, given | dict(token_type="int64"), "44 bytes, which hold no ids"),
+        (tmp_path / "flat.npy", given, "has a header"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read([place], **options)
 
 
 @pytest.mark.parametrize("end", [b"", b"\n"])

@@ -15,6 +15,7 @@ import numpy as np
 from . import files
 
 FORMATS = ("jsonl", "parquet", "text", "tokens")
+TOKEN_TYPES = ("uint16", "uint32", "int32", "int64")
 EXAMPLES = 10  # of damage, that a count remembers
 SHARD = 64 << 20  # bytes of an uncompressed file that one worker reads at a time
 _ENDINGS = {
@@ -42,6 +43,7 @@ class Shard(NamedTuple):
     begin: int = 0
     end: int | None = None
     end_token: int | None = None
+    token_type: str | None = None
 
 
 class Damage(NamedTuple):
@@ -68,6 +70,7 @@ def find_shards(
     field: str = "text",
     size: int = SHARD,
     end_token: int | None = None,
+    token_type: str | None = None,
 ) -> list[Shard]:
     """The shards of files, directories, globs or fsspec URLs, in a fixed order.
 
@@ -77,12 +80,15 @@ def find_shards(
         itself. `*`, `?` and `**` are patterns.
       format: one of `FORMATS` where names do not tell: `jsonl` (an object a line),
         `parquet`, `text` (a document a line), `tokens` (token files of
-        `jaxling.training`, or a `.npy` of ids). `.gz` and `.zst` are unpacked.
+        `jaxling.training`, a `.npy` of ids, or with `token_type` a file of nothing but
+        ids). `.gz` and `.zst` are unpacked.
       field: where a record has its text, or its list of token ids; `a.b` is field b of
         field a.
       size: bytes of an uncompressed file that make a shard; compressed files are not
         cut.
-      end_token: closes each document of a `.npy`, which is one document without it.
+      end_token: closes each document of an array, which is one document without it.
+      token_type: one of `TOKEN_TYPES`, of the ids in files that have no header, as
+        trainers leave them (OLMo, nanoGPT).
 
     Raises:
       ValueError: an unknown format; a source without files.
@@ -91,6 +97,11 @@ def find_shards(
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}; got {format!r}.")
+    if token_type is not None and (token_type not in TOKEN_TYPES or format != "tokens"):
+        raise ValueError(
+            f"`token_type` must be one of {TOKEN_TYPES}, and `format` be tokens; got"
+            f" {token_type!r} and {format!r}."
+        )
     if size < 1:
         raise ValueError(f"`size` must be at least 1 byte; got {size}.")
     shards = []
@@ -100,8 +111,11 @@ def find_shards(
             raise ValueError(f"There is no file at {source!r}.")
         for url in urls:
             kind = format or _format_of(url)
-            parts = _parts(url, kind, size, end_token)
-            shards += [Shard(url, kind, field, *part, end_token) for part in parts]
+            whole = Shard(url, kind, field, end_token=end_token, token_type=token_type)
+            shards += [
+                whole._replace(begin=begin, end=end)
+                for begin, end in _parts(whole, size)
+            ]
     return shards
 
 
@@ -119,15 +133,14 @@ def _format_of(url: str) -> str:
     )
 
 
-def _parts(
-    url: str, kind: str, size: int, end_token: int | None
-) -> list[tuple[int, int | None]]:
+def _parts(shard: Shard, size: int) -> list[tuple[int, int | None]]:
     """Where to cut a file. One that cannot be opened is left to who reads it."""
+    url, kind = shard.url, shard.format
     whole: list[tuple[int, int | None]] = [(0, None)]
     try:
         if kind == "tokens":
-            tokens, ends = _tokens_of(url)
-            if ends is None and end_token is not None:
+            tokens, ends = _tokens_of(shard)
+            if ends is None and shard.end_token is not None:
                 step = -(-size // 4)
                 return [
                     (at, min(at + step, len(tokens)))
@@ -401,13 +414,14 @@ def _values(batch: Any, field: str) -> Iterator[bytes | np.ndarray | None]:
         raise TypeError(f"a column of {kind} holds neither text nor token ids")
 
 
-def _tokens_of(url: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _tokens_of(shard: Shard) -> tuple[np.ndarray, np.ndarray | None]:
     """Token ids, memory-mapped, and where documents begin if the file says so.
 
     Raises:
       ValueError: it is a URL, or no such file.
       OSError: it cannot be read.
     """
+    url = shard.url
     if "://" in url:
         raise ValueError(f"Token files are memory-mapped, so {url} must be local.")
     if os.path.isdir(url):
@@ -416,14 +430,16 @@ def _tokens_of(url: str) -> tuple[np.ndarray, np.ndarray | None]:
 
         file = packing.open_tokens(url)
         return np.asarray(file.tokens), np.asarray(file.documents)
+    if shard.token_type is not None:
+        return _headless(url, np.dtype(shard.token_type)), None
     # Not `open_tokens`, which reads a plain array through: it may be large, and every
     # shard of it opens it.
     try:
         tokens = np.load(url, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
         raise ValueError(
-            f"{url} is no .npy file; `numpy.save` writes one, with a header that tells"
-            " the type of its numbers."
+            f"{url} is no .npy file, whose header tells the type of its numbers. Where"
+            " there is nothing but numbers, name their type (`token_type`)."
         ) from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise ValueError(
@@ -433,9 +449,19 @@ def _tokens_of(url: str) -> tuple[np.ndarray, np.ndarray | None]:
     return np.asarray(tokens), None
 
 
+def _headless(url: str, dtype: np.dtype) -> np.ndarray:
+    with open(url, "rb") as file:
+        if file.read(6) == b"\x93NUMPY":
+            raise ValueError(f"{url} has a header, which names the type: give none.")
+        size = file.seek(0, io.SEEK_END)
+    if not size or size % dtype.itemsize:
+        raise ValueError(f"{url} has {size:,} bytes, which hold no ids of {dtype}.")
+    return np.asarray(np.memmap(url, dtype, "r"))
+
+
 def _read_tokens(shard: Shard, damaged: Damaged) -> Iterator[np.ndarray]:
     try:
-        tokens, begins = _tokens_of(shard.url)
+        tokens, begins = _tokens_of(shard)
     except ValueError as error:
         _skip(damaged, shard.url, error)
         return
