@@ -243,10 +243,10 @@ def _records(shards, seed: int, tokenizer) -> Iterator[tuple[str | np.ndarray, s
     """
     if not shards:
         verses = pool.without_books(demo.verses("held_out"), pool.EVALUATED_BOOKS)
-        for record in pool.labelled_verses(
+        for verse in pool.labelled_verses(
             verses, characters=_POOL_CHARACTERS.value, seed=seed
         ):
-            yield record.text, record.language
+            yield verse.text, verse.language
         return
     damage: list[corpus.Damage] = []
     report = None if common.STRICT.value else damage.append

@@ -177,9 +177,12 @@ def count_documents(documents: Iterable[str | np.ndarray], plan: Plan) -> Counts
             # Most documents may hold no term: they add nothing, and are not held.
             some = np.diff(by_term.indptr) > 0
             by_term = _with_rows(by_term, some)
-            by_token = by_token[some] if plan.term_tokens else None
-            held.append((by_term, by_token))
-            entries += by_term.nnz + (by_token.nnz if by_token is not None else 0)
+            entries += by_term.nnz
+            beside = None
+            if plan.term_tokens and by_token is not None:
+                beside = by_token[some]
+                entries += beside.nnz
+            held.append((by_term, beside))
             if entries > _HELD:
                 multiply()
                 entries = 0

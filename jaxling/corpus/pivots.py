@@ -207,8 +207,8 @@ def find(
             for table in (mutual_information(*arguments), together)
         ]
         blocks.append((*listed, *relations))
-    tokens, scores, *relations = map(np.concatenate, zip(*blocks))
-    return Found(Pivots(tokens, scores), *relations, held[sides])
+    tokens, scores, association, rarer = map(np.concatenate, zip(*blocks))
+    return Found(Pivots(tokens, scores), association, rarer, held[sides])
 
 
 def company(found: Found, kept: Pivots) -> np.ndarray:
