@@ -276,7 +276,9 @@ def finish(
 ) -> None:
     """Writes `summary.json` (what was found) and `run.json` (time, device, memory).
 
-    `measured` joins `run.json`: whatever differs from one run to the next.
+    `seconds` are those since `begin`, `process_seconds` those since the command began,
+    and `processor_seconds` what all processors spent on it. `measured` joins
+    `run.json`: whatever differs from one run to the next.
     """
     import jax
 
@@ -286,6 +288,8 @@ def finish(
         run.workdir / "run.json",
         {
             "seconds": round(time.time() - run.started, 3),
+            "process_seconds": _age(),
+            "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
             "peak_memory_mib": round(usage.ru_maxrss / 1024),
             "devices": [str(device) for device in jax.devices()],
             "machine": platform.machine(),
@@ -295,6 +299,16 @@ def finish(
         },
     )
     logging.info("Record in %s", run.workdir)
+
+
+def _age() -> float | None:
+    """Seconds since this process began, imports included; None where none can tell."""
+    try:
+        fields = pathlib.Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2]
+        began = int(fields.split()[19]) / os.sysconf("SC_CLK_TCK")
+        return round(time.clock_gettime(time.CLOCK_BOOTTIME) - began, 1)
+    except (OSError, AttributeError):
+        return None
 
 
 def entries(values: list[str], flag: str) -> dict[str, str]:

@@ -167,6 +167,8 @@ def test_a_workdir_of_another_run_is_refused(job, model, tmp_path):
     assert (tmp_path / "run" / "summary.json").read_bytes() == before
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["resumed"] == run["bands"] == 1
+    assert 0 < run["seconds"] < run["process_seconds"]
+    assert 0 < run["processor_seconds"]
 
 
 def test_two_models_need_no_workdir(job, model, tmp_path, monkeypatch):

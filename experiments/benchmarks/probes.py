@@ -10,12 +10,13 @@ Workloads:
 
 The first call is timed too: it includes tracing and compilation. Objectives are
 evaluated in float64 on the rows; "worse" counts the problems where ours is above
-scikit-learn's (default tolerance) times 1 + 1e-6.
+scikit-learn's (default tolerance) times 1 + 1e-6. Memory is what calls in a fresh
+process add to its resident size at the most, the features being there already.
 """
 
-import json
-import resource
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import joblib
@@ -27,6 +28,7 @@ from sklearn.linear_model import LogisticRegression
 from jaxling import checkpoints, kernels, probes, vocabulary, writing_systems
 
 from .. import common
+from . import harness
 
 _WORKLOAD = flags.DEFINE_enum(
     "workload", "paper", ["paper", "real", "pairs", "layers"], "What is timed."
@@ -152,92 +154,104 @@ def ours(x, problems):
     return jax.block_until_ready(kernels.fit_logistic(x, problems))
 
 
-def timed(function, *arguments):
-    """Seconds and result."""
-    start = time.perf_counter()
-    result = function(*arguments)
-    return time.perf_counter() - start, result
+def material(workload: str, model: str, tensor: str | None):
+    """Rows, problems, the same one by one, and tests (None of pairs)."""
+    if workload == "real":
+        checkpoint = checkpoints.open_checkpoint(model)
+        words = vocabulary.load_vocabulary(model)
+        matrix = checkpoint.read(checkpoint.input_embeddings(tensor))
+        x = probes.unit_rows(matrix[: len(words.strings)])
+        return x, *paper_problems(
+            np.array(writing_systems.unicode_categories(words.strings))
+        )
+    if workload == "pairs":
+        x, labels = clusters(6000, 768, 30, equal=True)
+        return x, *pair_problems(labels), None
+    x, labels = clusters(30_000, 768, 16, equal=False)
+    if workload == "paper":
+        return x, *paper_problems(labels.astype(str))
+    rng = np.random.default_rng(2)
+    layers = np.empty((12, *x.shape), np.float32)
+    for layer in layers:
+        layer[:] = x + 0.01 * rng.standard_normal(x.shape, np.float32)
+    return layers, *paper_problems(labels.astype(str))
 
 
-def peak() -> float:
-    """Peak resident memory of this process, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def ours_alone(*of: Any) -> Callable:
+    """Ours for a process of its own."""
+    x, problems, _, _ = material(*of)
+    resident = jax.block_until_ready(jax.numpy.asarray(x))
+    return lambda: ours(resident, problems)
 
 
-def main(argv) -> None:
-    """Prints one JSON record."""
+def excesses(x, single, fit, theirs) -> np.ndarray:
+    """By what share the objective of ours is above theirs, of every problem."""
+    return np.array(
+        [
+            objective(x, rows, labels, fit.weights[p], fit.intercepts[p])
+            / objective(x, rows, labels, *theirs[p])
+            - 1
+            for p, (rows, labels) in enumerate(single)
+        ]
+    )
+
+
+def main(argv: list[str]) -> None:
     del argv
     workload = _WORKLOAD.value
-    if workload == "real":
-        checkpoint = checkpoints.open_checkpoint(common.MODEL.value)
-        name = checkpoint.input_embeddings(common.TENSOR.value)
-        words = vocabulary.load_vocabulary(common.MODEL.value)
-        x = probes.unit_rows(checkpoint.read(name)[: len(words.strings)])
-        names = np.array(writing_systems.unicode_categories(words.strings))
-        problems, single, tests = paper_problems(names)
-    elif workload == "pairs":
-        x, labels = clusters(6000, 768, 30, equal=True)
-        problems, single = pair_problems(labels)
-        tests = None
-    else:
-        x, labels = clusters(30_000, 768, 16, equal=False)
-        problems, single, tests = paper_problems(labels.astype(str))
-    record = {"workload": workload, "shape": x.shape, "problems": problems.count}
-    if workload == "layers":
-        rng = np.random.default_rng(2)
-        layers = np.empty((12, *x.shape), np.float32)
-        for layer in layers:
-            layer[:] = x + 0.01 * rng.standard_normal(x.shape, np.float32)
-        seconds, _ = timed(lambda: [scikit_learn(layer, single) for layer in layers])
-        resident = jax.numpy.asarray(layers)
-        before = peak()
-        first, fit = timed(ours, resident, problems)
-        record |= {
-            "first_call": first,
-            "scikit_learn": seconds,
-            "ratio": seconds / first,
-            "converged": bool(fit.converged.all()),
-            "peak_rise_over_features": (peak() - before) * 2**20 / resident.nbytes,
-        }
-        print(json.dumps(record))
-        return
+    of = workload, common.MODEL.value, common.TENSOR.value
+    x, problems, single, tests = material(*of)
     resident = jax.block_until_ready(jax.numpy.asarray(x))
-    before = peak()
-    record["first_call"], fit = timed(ours, resident, problems)
-    rise = (peak() - before) * 2**20 / x.nbytes
-    scikit_learn(x, single[:4])  # the workers start
-    times = [
-        (timed(scikit_learn, x, single)[0], timed(ours, resident, problems)[0])
-        for _ in range(_ROUNDS.value)
-    ]
-    theirs = scikit_learn(x, single)
-    worse, excess = 0, 0.0
-    for p, (rows, labels_of_rows) in enumerate(single):
-        mine = objective(x, rows, labels_of_rows, fit.weights[p], fit.intercepts[p])
-        ratio = mine / objective(x, rows, labels_of_rows, *theirs[p]) - 1
-        worse, excess = worse + (ratio > 1e-6), max(excess, ratio)
-    their, our = np.array(times).T
-    record |= {
-        "scikit_learn": sorted(their.round(3).tolist()),
-        "ours": sorted(our.round(3).tolist()),
-        "ratio_of_medians": float(np.median(their) / np.median(our)),
-        "ratios": sorted((their / our).round(2).tolist()),
-        "iterations": [int(fit.iterations.min()), int(fit.iterations.max())],
-        "converged": int(fit.converged.sum()),
-        "worse": int(worse),
-        "largest_excess": float(excess),
-        "peak_rise_over_features": rise,
-    }
-    if tests is not None:
+    case = {"workload": workload, "shape": list(x.shape), "problems": problems.count}
+    if workload == "layers":
+        # One pass of theirs takes minutes: the first call of ours meets one of theirs.
+        start = time.perf_counter()
+        fit = ours(resident, problems)
+        middle = time.perf_counter()
+        for layer in x:
+            scikit_learn(layer, single)
+        seconds = middle - start, time.perf_counter() - middle
+        timings = {
+            name: harness.Timing(None, [took])
+            for name, took in zip(("ours, first call", "sklearn"), seconds)
+        }
+        found: dict[str, Any] = {
+            "sklearn / ours, first call": round(seconds[1] / seconds[0], 2)
+        }
+    else:
+        timings, results = harness.interleaved(
+            {
+                "ours": lambda: ours(resident, problems),
+                "sklearn": lambda: scikit_learn(x, single),
+            },
+            _ROUNDS.value,
+        )
+        fit = results["ours"]
+        ratio = timings["sklearn"].median / timings["ours"].median
+        excess = excesses(x, single, fit, results["sklearn"])
+        found = {
+            "sklearn / ours": round(ratio, 2),
+            "worse": int((excess > 1e-6).sum()),
+            "largest excess": float(f"{excess.max():.2e}"),
+        }
+    found["converged"] = int(np.sum(fit.converged))
+    found["iterations"] = [int(fit.iterations.min()), int(fit.iterations.max())]
+    rises = harness.peak_rises(ours_alone, *of)
+    for which, rise in zip(("first", "later"), rises):
+        found[f"peak of a {which} call / features"] = round(rise * 2**20 / x.nbytes, 2)
+    if tests is not None and workload != "layers":
         scores = kernels.evaluate(resident, fit.weights, fit.intercepts, tests)
-        mean = np.asarray(scores.accuracy).reshape(-1, 10).mean(axis=1)
-        record["held_out_accuracy"] = sorted(mean.round(3).tolist())
+        mean = np.asarray(scores.accuracy, np.float64).reshape(-1, 10).mean(axis=1)
+        found["held-out accuracy"] = sorted(mean.round(3).tolist())
     if _OPTAX.value and workload == "pairs":
+        _, labels = clusters(6000, 768, 30, equal=True)
         one_seed, single = pair_problems(labels, seeds=1)
         ours(resident, one_seed)
-        record["optax_435"] = vmapped_optax(x, single)
-        record["ours_435"] = timed(ours, resident, one_seed)[0]
-    print(json.dumps(record))
+        start = time.perf_counter()
+        ours(resident, one_seed)
+        found["ours, one seed"] = round(time.perf_counter() - start, 3)
+        found["optax, one seed"] = round(vmapped_optax(x, single), 3)
+    harness.record("probes", case, timings, found)
 
 
 if __name__ == "__main__":
