@@ -23,7 +23,7 @@ encoder through the shared embedding, which it was never trained for; in a line 
 `--position`, the tokens that were top at any layer; `languages.png` and `scripts.png`
 the probability of each language's and writing system's tokens. A language's tokens are
 those of its words in --lexicon. A token of several languages counts for none of them in
-the lower bound and for each in the upper one: the band lies between the two.
+the lower bound, the line, and for each in the upper one, the upper end of its band.
 """
 
 import pathlib
@@ -90,6 +90,10 @@ def main(argv: list[str]) -> None:
         )
     stack = f"{_STACK.value}." if pair else ""
     masked = isinstance(model, encoder.Encoder) or stack == "encoder."
+    if masked:
+        common.refuse(["target"], "each position is read at its own token.")
+    if not _TUNED.value:
+        common.refuse(["train_text", "train_steps"], "no --tuned_lens is trained.")
     tokens, inputs = _encoded(model, tokenizer, pair)
     read = inputs["decoder_tokens"] if stack == "decoder." else tokens
     targets = _targets(tokenizer, read[0], masked)
@@ -117,6 +121,14 @@ def main(argv: list[str]) -> None:
         groups=np.concatenate([group.weights for group in groups.values()]),
     )
     top, entropy = np.asarray(found.top_tokens), np.asarray(found.entropy)
+    silent = np.argwhere(top[..., 0] < 0)
+    if len(silent):
+        layer, position = silent[0]
+        raise ValueError(
+            f"Layer {layer} of {name} says nothing at position {position} (and at"
+            f" {len(silent) - 1} other places): its hidden states, or the unembedding,"
+            " are not numbers."
+        )
     said = lens.project(view, hidden, targets=top[..., 0].T)
     lines = np.exp(np.asarray(said.target_log_probs))
     depth = len(top)
@@ -298,7 +310,10 @@ def _draw_tokens(workdir, view, top, lines, spelled) -> list[list]:
         [lines[:, first[token]] for token in order],
         title="Tokens that are top at any layer",
         x_label=f"layer ({view.reading})",
-        value_label="probability",
+        # A single curve has no legend.
+        value_label=f"probability of {spelled[order[0]]}"
+        if len(order) == 1
+        else "probability",
         limits=_from_zero(lines),
     )
     return [[spelled[top[i]], float(lines[i, i])] for i in range(depth)]
@@ -310,21 +325,22 @@ def _from_zero(values: np.ndarray) -> tuple[float, float]:
 
 
 def _draw_groups(workdir, view, groups, mass) -> dict[str, dict]:
-    """Curves of groups of tokens with the bounds as a band; the ten largest groups."""
+    """Curves of the ten largest groups: lower bounds, with a band up to the upper."""
     summary, used = {}, 0
     for kind, group in groups.items():
         width = len(group.weights)
         bounds = lens.mass_bounds(group, mass[:, used : used + width])
         used += width
+        gaps = (bounds.upper - bounds.lower).T
         largest = np.argsort(-bounds.upper.max(0), kind="stable")[:10]
         plots.save_curves(
             workdir / f"{kind}.png",
             [group.names[i] for i in largest],
-            ((bounds.lower + bounds.upper) / 2).T[largest],
-            errors=((bounds.upper - bounds.lower) / 2).T[largest],
+            bounds.lower.T[largest],
+            errors=[np.stack([0 * gap, gap]) for gap in gaps[largest]],
             title=f"Probability of each {kind[:-1]}'s tokens",
             x_label=f"layer ({view.reading})",
-            value_label="between the lower and the upper bound",
+            value_label="at least (line), and at most (band)",
             limits=_from_zero(bounds.upper),
         )
         summary[kind] = {

@@ -6,7 +6,8 @@ layer says most firmly decides. A firm token that is neither what the last layer
 nor a part of the source word is a semantic pivot.
 
 The statistic is literal: a layer that firmly says a bare word marker counts as a pivot
-too. Read it together with which tokens the pivots are.
+too, unless the source word's own tokens begin with one. Read it together with which
+tokens the pivots are.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -144,8 +145,9 @@ class Trace(NamedTuple):
     """What every layer would say where an item's answer begins, and what follows.
 
     Masses are summed softmax probabilities, `[layer, n]`: of the source word's tokens,
-    of the pivot (NaN unless the item has one), of the answer's tokens. A bare word
-    marker counts for neither word; a token of both words counts for both.
+    of the pivot (NaN unless the item has one that is in neither word), of the answer's
+    tokens. A bare word marker counts for neither word; a token of both words counts for
+    both.
     """
 
     position: np.ndarray
@@ -159,6 +161,7 @@ class Trace(NamedTuple):
     answer_mass: np.ndarray
     behaviours: Behaviours
     source_tokens: list[list[int]]
+    """Those of each source word, bare markers left out."""
     answer_tokens: list[list[int]]
 
 
@@ -197,7 +200,8 @@ def trace(
       progress: wraps the iteration over batches (`tqdm.tqdm`).
 
     Raises:
-      ValueError: as `score_task` and `classify`; an answer of nothing but markers.
+      ValueError: as `score_task` and `classify`; an answer of nothing but markers; a
+        layer that is not a number.
     """
     rng = np.random.default_rng(seed)
     markers = word_markers(tokenizer)
@@ -214,11 +218,10 @@ def trace(
         if not said:
             raise ValueError(f"The answer {item.answer!r} has no token of its own.")
         first = next(i for i in range(start, len(sequence)) if sequence[i] == said[0])
-        own = tokenizer.encode(" " + item.word, add_special_tokens=False).ids
         questions.append(question)
         position.append(first - 1)
-        sources.append([t for t in own if t not in markers])
-        answers.append(said)
+        sources.append(tokenizer.encode(" " + item.word, add_special_tokens=False).ids)
+        answers.append(sequence[start:])
     stack = "decoder." if isinstance(model, encoder_decoder.EncoderDecoder) else ""
     view = reading(model, stack)
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].sequences[0]))
@@ -241,9 +244,15 @@ def trace(
     return Trace(
         *(where, top, probabilities, source, pivot, answer),
         behaviours=decided,
-        source_tokens=sources,
-        answer_tokens=answers,
+        source_tokens=_without(sources, markers),
+        answer_tokens=_without(answers, markers),
     )
+
+
+def _without(
+    column: Iterable[Sequence[int]], markers: Collection[int]
+) -> list[list[int]]:
+    return [[t for t in tokens if t not in markers] for tokens in column]
 
 
 def word_markers(tokenizer: Any) -> frozenset[int]:
@@ -281,6 +290,11 @@ def _read(view, hidden, own, pivots, rule, minimum, markers):
     """One batch: the arrays of a `Trace`, `[..., n]`, and the kinds."""
     seen = lens.project(view, hidden, k=1)
     top = np.asarray(seen.top_tokens)[..., 0]
+    if np.any(top < 0):
+        raise ValueError(
+            f"Block {np.argmax((top < 0).any(1))} of the model says nothing where an"
+            " answer begins: its hidden states or the unembedding are not numbers."
+        )
     probabilities = np.exp(np.asarray(seen.top_log_probs)[..., 0])
     found = classify(
         *(top, probabilities, *own),
@@ -290,7 +304,8 @@ def _read(view, hidden, own, pivots, rule, minimum, markers):
         pivots = [[t] if k == PIVOT else [] for t, k in zip(found.token, found.kind)]
     both = [{*a, *b} for a, b in zip(*own)]
     pivots = [set(tokens) - other for tokens, other in zip(pivots, both)]
-    columns = [own[0], pivots, own[1]]
+    source, answer = (_without(column, markers) for column in own)
+    columns = [source, pivots, answer]
     # One list of targets per item: the three sets behind each other, padded to a power
     # of two so that batches share a compiled program.
     longest = max(len(set(c)) for column in columns for c in column)

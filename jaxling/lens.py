@@ -11,6 +11,7 @@ encoder-decoders in either stack. An encoder stack was never trained to be read 
 the vocabulary: its `reading` says so, and pictures carry it.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -185,24 +186,12 @@ def train_tuned_lens(
       tile: tokens of the vocabulary per step of the kernel.
 
     Raises:
-      ValueError: a model of one block, which has nothing to translate; no batch.
+      ValueError: a model of one block, which has nothing to translate; no batch; a loss
+        that is not a number.
     """
-    plain = LogitLens(model, stack)
     name = stack + "resid_post"
-    optimiser = optax.adam(learning_rate)
-
-    def loss(translators, hidden, mask):
-        lens = TunedLens(model, *translators, stack)
-        found = project(lens, hidden, divergence=True, tile=tile)
-        kl = jnp.where(mask, found.kl_to_final[:-1], 0.0)
-        return kl.sum() / (mask.sum() * len(kl))
-
-    @jax.jit
-    def step(translators, state, hidden, mask):
-        value, gradient = jax.value_and_grad(loss)(translators, hidden, mask)
-        updates, state = optimiser.update(gradient, state)
-        return optax.apply_updates(translators, updates), state, value
-
+    graph, parameters = nnx.split(model)
+    options = graph, learning_rate, stack, tile
     translators, losses = None, []
     for batch in batches:
         tokens, mask, inputs = Batch(*batch)
@@ -217,14 +206,36 @@ def train_tuned_lens(
             if depth < 1:
                 raise ValueError("A model of one block has no layer to translate.")
             translators = jnp.zeros((depth, d, d)), jnp.zeros((depth, d))
-            state = optimiser.init(translators)
-        translators, state, value = step(
-            translators, state, hidden, jnp.asarray(mask, bool)
+            state = optax.adam(learning_rate).init(translators)
+        translators, state, value = _step(
+            *(translators, state, parameters, hidden, jnp.asarray(mask, bool)), *options
         )
         losses.append(float(value))
+        if not np.isfinite(losses[-1]):
+            raise ValueError(
+                f"The loss of step {len(losses)} is {losses[-1]}: the model's hidden"
+                " states or its unembedding are not numbers, or the mask is empty."
+            )
     if translators is None:
         raise ValueError("`batches` must hold at least one batch.")
-    return Training(TunedLens(plain.model, *translators, stack), np.array(losses))
+    return Training(TunedLens(model, *translators, stack), np.array(losses))
+
+
+# The model's parameters are an argument: a program holds a copy of what it closes over,
+# and programs of gigabytes cannot be compiled.
+@functools.partial(jax.jit, static_argnums=(5, 6, 7, 8))
+def _step(translators, state, parameters, hidden, mask, graph, rate, stack, tile):
+    """One step of Adam on the translators, and the loss before it."""
+
+    def loss(translators):
+        lens = TunedLens(nnx.merge(graph, parameters), *translators, stack)
+        found = project(lens, hidden, divergence=True, tile=tile)
+        kl = jnp.where(mask, found.kl_to_final[:-1], 0.0)
+        return kl.sum() / (mask.sum() * len(kl))
+
+    value, gradient = jax.value_and_grad(loss)(translators)
+    updates, state = optax.adam(rate).update(gradient, state)
+    return optax.apply_updates(translators, updates), state, value
 
 
 def training_batches(
@@ -320,7 +331,9 @@ def load_lens(model: models.Model, directory: str | os.PathLike) -> TunedLens:
             saved = checkpointer.restore(path)
         digest = bytes(np.asarray(saved["unembedding"])).hex()
         stack = bytes(np.asarray(saved["stack"])).decode().replace("-", "")
-        weights, biases = saved["weights"], saved["biases"]
+        weights, biases = jnp.asarray(saved["weights"]), jnp.asarray(saved["biases"])
+        if weights.ndim != 3 or biases.shape != weights.shape[:2]:
+            raise ValueError(f"shapes {weights.shape} and {biases.shape}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no tuned lens: {error}") from None
     own = unembedding_hash(model)
@@ -329,7 +342,7 @@ def load_lens(model: models.Model, directory: str | os.PathLike) -> TunedLens:
             f"The lens in {path} was trained for another model: its unembedding has"
             f" SHA-256 {digest[:12]}..., this model's {own[:12]}...."
         )
-    return TunedLens(model, jnp.asarray(weights), jnp.asarray(biases), stack)
+    return TunedLens(model, weights, biases, stack)
 
 
 class TokenGroups(NamedTuple):
@@ -373,7 +386,11 @@ def token_groups(sets: Mapping[str, Collection[int]], vocabulary: int) -> TokenG
 
 
 class MassBounds(NamedTuple):
-    """Probability of each group, `[..., g]`: certainly its own, and at most its own."""
+    """Probability of each group, `[..., g]`: on tokens of no other group, and on all.
+
+    Both are relative to the sets that were given: a token that a language lacks only
+    because its list of words is short counts as the others'.
+    """
 
     lower: np.ndarray
     upper: np.ndarray

@@ -100,7 +100,7 @@ def project_layers(
       entropy: the entropy of each layer's prediction.
       divergence: KL of the final layer's prediction from each layer's.
       targets: `[n]` or `[n, t]` token ids whose rank and log-probability are wanted; a
-        negative id is no target.
+        negative id is no target, nor is a traced one beyond the vocabulary.
       groups: `[g, vocab]` weights, 0 or 1 for sets of tokens.
       tile: tokens per step.
       block: positions per step; by default as many as keep a tile of logits at 4 MiB.
@@ -112,8 +112,9 @@ def project_layers(
       A `Projection`. Shapes have `t` also where `targets` has one axis (`t = 1`).
 
     Raises:
-      ValueError: shapes that do not fit, `k` beyond the vocabulary or a tile, a
-        target beyond the vocabulary, a non-positive `tile` or `block`.
+      ValueError: shapes that do not fit, an unembedding of integers, `k` beyond the
+        vocabulary or a tile, a target beyond the vocabulary, a non-positive `tile` or
+        `block`.
     """
     if mesh is None:
         hidden, unembed = jnp.asarray(hidden), jnp.asarray(unembed)
@@ -123,6 +124,11 @@ def project_layers(
         raise ValueError(
             "`hidden` must be [layer, n, d] and `unembed` [vocab, d];"
             f" got {hidden.shape} and {unembed.shape}."
+        )
+    if not jnp.issubdtype(unembed.dtype, jnp.floating):
+        raise ValueError(
+            f"`unembed` must be floating, as products take its dtype; got"
+            f" {unembed.dtype}."
         )
     layers, n, width = hidden.shape
     vocab = unembed.shape[0]
@@ -149,7 +155,9 @@ def project_layers(
             raise ValueError(
                 f"`targets` must be [{n}] or [{n}, t]; got {np.shape(given)}."
             )
-        if not isinstance(targets, jax.core.Tracer) and np.any(targets >= vocab):
+        if isinstance(targets, jax.core.Tracer):
+            targets = jnp.where(targets < vocab, targets, -1)
+        elif np.any(targets >= vocab):
             raise ValueError(
                 f"`targets` must be below {vocab}, the vocabulary; got {targets.max()}."
             )

@@ -107,20 +107,28 @@ def parted():
     return found
 
 
-def test_a_trace_reads_the_layers_where_the_answer_begins(parted):
-    """Against one prompt at a time and the models' own logits."""
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_trace_reads_the_layers_where_the_answer_begins(parted, echo):
+    """Against one prompt at a time and the models' own logits.
+
+    With `echo`, the first layers repeat the marker that they read.
+    """
     config = dict(model_type="llama", vocab_size=50, hidden_size=32)
     config |= dict(intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
     graph, parameters = nnx.split(models.build(config, jax.random.key(3)))
     # Matrices ten times those of a fresh model, so that layers differ.
     grown = jax.tree.map(lambda a: a * (10 if a.ndim > 2 else 1), parameters)
     model = nnx.merge(graph, grown)
-    model.unembedding[...] = model.unembedding[...] * 60
+    rows = model.unembedding[...] * 60
+    if echo:
+        rows = rows.at[1].set(model.embedding[1] * 150)
+    model.unembedding[...] = rows
     pairs = {("eng", "fra"): [(f"w{i}", f"m{i}") for i in range(14)]}
     names = {"eng": "English", "fra": "French"}
     task = word_translation.build_task(pairs, names, count=5)
     found = behaviours.trace(model, parted, task, shots=2, seed=4, batch=2)
     rng = np.random.default_rng(4)
+    marked = 0
     for i, item in enumerate(task.items):
         shots = word_translation.draw_examples(task, item, rng, 2)
         text = word_translation.prompt(task, item, shots, item.word)
@@ -134,6 +142,13 @@ def test_a_trace_reads_the_layers_where_the_answer_begins(parted):
         p = np.asarray(jax.nn.softmax(model.unembed(model.final_norm(stream))))
         np.testing.assert_array_equal(found.top_tokens[:, i], p.argmax(-1))
         np.testing.assert_allclose(found.probabilities[:, i], p.max(-1), rtol=1e-4)
+        # B5 of the paper's code, word for word: a marker is one of the word's tokens.
+        firmest = max(range(3), key=lambda layer: (p[layer].max(), layer))
+        token, written = p[firmest].argmax(), parted.encode(f" {item.word}").ids
+        direct = token == p[-1].argmax() or token in written
+        assert found.behaviours.kind[i] == ("co-occurrence" if direct else "pivot")
+        assert written[0] == parted.token_to_id("\u2581")
+        marked += direct and token == written[0] != p[-1].argmax()
         own = p[:, found.source_tokens[i][0]], p[:, found.answer_tokens[i][0]]
         np.testing.assert_allclose(found.source_mass[:, i], own[0], rtol=1e-3)
         np.testing.assert_allclose(found.answer_mass[:, i], own[1], rtol=1e-3)
@@ -146,12 +161,25 @@ def test_a_trace_reads_the_layers_where_the_answer_begins(parted):
             np.testing.assert_allclose(found.pivot_mass[:, i], pivot, rtol=1e-3)
         else:
             assert np.isnan(found.pivot_mass[:, i]).all()
-    assert "pivot" in found.behaviours.kind  # or the branch above was never taken
+    # Or a branch above was never taken.
+    assert marked if echo else "pivot" in found.behaviours.kind
     given = behaviours.trace(
         model, parted, task, shots=2, seed=4, pivots=[{40, 41}] * 5, minimum=1.0
     )
     assert set(given.behaviours.kind) == {"none"}
     assert np.isfinite(given.pivot_mass).all()
+
+
+def test_a_layer_that_is_no_number_has_no_behaviour(parted):
+    config = dict(model_type="llama", vocab_size=50, hidden_size=32)
+    config |= dict(intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    model = models.build(config, jax.random.key(3))
+    model.unembedding[...] = model.unembedding[...].at[5, 5].set(np.nan)
+    pairs = {("eng", "fra"): [(f"w{i}", f"m{i}") for i in range(14)]}
+    names = {"eng": "English", "fra": "French"}
+    task = word_translation.build_task(pairs, names, count=1)
+    with pytest.raises(ValueError, match="Block 0 of the model says nothing"):
+        behaviours.trace(model, parted, task, shots=1)
 
 
 def test_tokens_are_of_the_languages_whose_words_hold_them(parted):

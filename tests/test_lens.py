@@ -67,6 +67,16 @@ def test_training_lowers_the_divergence_and_leaves_the_last_layer_alone(model, t
     assert trained.lens.reading == "tuned lens"
 
 
+def test_one_program_trains_lenses_of_models_of_one_shape(model, tokens):
+    """So the unembedding is none of its constants, whose size is limited."""
+    batches = [(tokens, np.ones((4, 12)))]
+    lens.train_tuned_lens(model, batches)
+    before = lens._step._cache_size()
+    other = models.build(CONFIG, jax.random.key(1))
+    assert lens.train_tuned_lens(other, batches).losses[0] != 0
+    assert lens._step._cache_size() == before
+
+
 def test_padding_does_not_train_the_lens(model, tokens):
     mask = np.ones((4, 12))
     mask[:, 8:] = 0
@@ -98,8 +108,13 @@ def test_nothing_to_train_is_said(model):
     with pytest.raises(ValueError, match="at least one batch"):
         lens.train_tuned_lens(model, [])
     flat = models.build({**CONFIG, "num_hidden_layers": 1}, jax.random.key(0))
+    batch = np.zeros((1, 3), int), np.ones((1, 3))
     with pytest.raises(ValueError, match="no layer to translate"):
-        lens.train_tuned_lens(flat, [(np.zeros((1, 3), int), np.ones((1, 3)))])
+        lens.train_tuned_lens(flat, [batch])
+    broken = models.build(CONFIG, jax.random.key(0))
+    broken.unembedding[...] = broken.unembedding[...].at[5, 5].set(np.nan)
+    with pytest.raises(ValueError, match="loss of step 1 is nan"):
+        lens.train_tuned_lens(broken, [batch])
 
 
 def test_shared_tokens_bound_a_groups_mass(model, tokens):

@@ -175,6 +175,15 @@ def test_tiny_and_huge_rows(rng, scale):
         np.testing.assert_allclose(getattr(found, name), expected[name], atol=atol)
 
 
+def test_a_traced_target_beyond_the_vocabulary_is_none(rng):
+    hidden, unembed = rng.normal(size=(2, 3, 8)), rng.normal(size=(40, 8))
+    found = jax.jit(lambda t: kernels.project_layers(hidden, unembed, targets=t))(
+        jnp.array([39, 40, 7])
+    )
+    assert np.isnan(found.target_log_probs)[..., 0].tolist() == [[0, 1, 0]] * 2
+    assert (np.asarray(found.target_ranks)[:, 1] == -1).all()
+
+
 def test_only_what_is_asked_for_is_made(rng):
     hidden, unembed = rng.normal(size=(2, 3, 8)), rng.normal(size=(40, 8))
     found = kernels.project_layers(hidden, unembed)
@@ -286,6 +295,7 @@ def test_memory_is_a_few_tiles_whatever_the_vocabulary():
         (dict(hidden=np.zeros((3, 4))), r"`hidden` must be \[layer, n, d\]"),
         (dict(unembed=np.zeros((0, 4))), "`unembed`"),
         (dict(unembed=np.zeros((9, 5))), "4 columns"),
+        (dict(unembed=np.ones((9, 4), int)), "must be floating"),
         (dict(k=10), r"`k` must be in \[0, 9\]"),
         (dict(tile=0), "`tile` and `block`"),
         (dict(block=0), "`tile` and `block`"),

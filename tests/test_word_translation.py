@@ -1,5 +1,8 @@
 """The task's items and its score, against one prompt at a time."""
 
+import json
+import string
+
 import jax
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ PAIRS = [(f"word{i}", f"mot{i}") for i in range(14)]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Bytes, and merges across the boundary of prompt and answer."""
+    """Bytes; the answer's space is a part of its first token."""
     found = tokenizers.Tokenizer(tokenizers.models.BPE())
     found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.train_from_iterator(
@@ -96,6 +99,17 @@ def test_a_file_that_is_no_task_is_named(tmp_path, content):
         word_translation.load_task(tmp_path / "bad.json")
 
 
+@pytest.mark.parametrize("wrong", [["w"] * 9, ["a", "b"], [*"abcdefgh", ""]])
+def test_an_item_without_nine_distractors_is_refused(tmp_path, wrong):
+    path = tmp_path / "task.json"
+    word_translation.save_task(task(1), path)
+    content = json.loads(path.read_text())
+    content["items"][0]["distractors"] = wrong
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="task.json is not.*(distractors|not empty)"):
+        word_translation.load_task(path)
+
+
 def test_scores_equal_one_prompt_after_the_other(model, tokenizer):
     built = task()
     found = word_translation.score_task(
@@ -118,6 +132,38 @@ def test_scores_equal_one_prompt_after_the_other(model, tokenizer):
         np.testing.assert_allclose(found.probability[i], p[0], rtol=1e-4)
         np.testing.assert_allclose(found.score[i], p[0] - p[1:].mean(), atol=1e-6)
         assert found.rank[i] == np.sum(p[1:] >= p[0])
+
+
+def test_a_token_across_the_boundary_is_the_answers(model):
+    """A prompt ends with a colon, which is joined to the answer's first letter."""
+    pieces = [*string.ascii_letters, *string.digits, *" .:\n", ": ", ": m"]
+    joined = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {piece: i for i, piece in enumerate(pieces)}, [(":", " "), (": ", "m")]
+        )
+    )
+    built = word_translation.build_task(
+        {("eng", "fra"): PAIRS}, {"eng": "E", "fra": "F"}, count=2
+    )
+    options = dict(shots=1, draws=1, seed=3)
+    found = word_translation.score_task(model, joined, built, **options)
+    rng = np.random.default_rng(3)
+    for i, item in enumerate(built.items):
+        shots = word_translation.draw_examples(built, item, rng, 1)
+        text = word_translation.prompt(built, item, shots, item.word)
+        coded = joined.encode(f"{text} {item.answer}")
+        own = [t for t, (_, end) in enumerate(coded.offsets) if end > len(text)]
+        assert coded.tokens[own[0]] == ": m"
+        log_probs = jax.nn.log_softmax(model(np.array([coded.ids]))[0])
+        expected = np.exp(np.mean([log_probs[t - 1, coded.ids[t]] for t in own]))
+        np.testing.assert_allclose(found.probability[i], expected, rtol=1e-4)
+
+
+def test_what_is_no_number_has_no_rank(tokenizer):
+    broken = models.build(CONFIG, jax.random.key(0))
+    broken.unembedding[...] = broken.unembedding[...].at[5, 5].set(np.nan)
+    with pytest.raises(ValueError, match="2 of 2 questions have no probability"):
+        word_translation.score_task(broken, tokenizer, task(1), shots=1, draws=1)
 
 
 T5 = {
@@ -249,7 +295,10 @@ def test_what_cannot_be_asked_is_said(model, tokenizer):
     codes = {"eng": "e", "fra": "f"}
     with pytest.raises(ValueError, match="llama, is asked in words"):
         word_translation.score_task(model, tokenizer, task(1), language_tokens=codes)
-    with pytest.raises(ValueError, match="No item"):
-        word_translation.build_task({("eng", "fra"): PAIRS[:5]}, NAMES)
+    for vectors in (None, {("eng", word): np.ones(4) for word, _ in PAIRS}):
+        with pytest.raises(ValueError, match="No item"):
+            word_translation.build_task(
+                {("eng", "fra"): PAIRS[:1], ("fra", "eng"): []}, NAMES, vectors=vectors
+            )
     with pytest.raises(ValueError, match="No prompt name"):
         word_translation.build_task({("eng", "deu"): PAIRS}, NAMES)

@@ -317,8 +317,8 @@ def save_curves(
 ) -> None:
     """One line per label over a common axis `x` (0, 1, 2, ... when None).
 
-    `errors` draws a band of that half-width around each line. `scale` is `linear` or
-    `log` and concerns the values.
+    `errors` draws a band of that half-width around each line, or of those two widths
+    below and above it. `scale` is `linear` or `log` and concerns the values.
     """
     rows = [np.asarray(row, dtype=float) for row in values]
     if len(rows) != len(labels):
@@ -349,11 +349,11 @@ def save_curves(
                 label=shown(label),
             )
             if errors is not None:
-                half = np.asarray(errors[i], dtype=float)
+                below, above = np.broadcast_to(errors[i], (2, len(row)))
                 axes.fill_between(
                     along[: len(row)],
-                    row - half,
-                    row + half,
+                    row - below,
+                    row + above,
                     color=color,
                     alpha=0.15,
                     linewidth=0,

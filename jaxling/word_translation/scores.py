@@ -67,7 +67,8 @@ def score_task(
 
     Raises:
       ValueError: a prompt is longer than the model's positions; too few examples; a
-        masked language model; an unknown token of a language, or one for a decoder.
+        masked language model; an unknown token of a language, or one for a decoder; an
+        answer without a token, or of a probability that is not a number.
     """
     rng = np.random.default_rng(seed)
     if language_tokens is not None:
@@ -83,6 +84,14 @@ def score_task(
     causal = isinstance(model, decoder.Decoder)
     measure = _after_a_shared_prefix if causal else _after_an_encoder
     means = measure(model, questions, batch, progress)
+    unknown = np.flatnonzero(np.isnan(means).any(1))
+    if len(unknown):
+        item = task.items[unknown[0] // draws]
+        raise ValueError(
+            f"{len(unknown)} of {len(questions)} questions have no probability, the"
+            f" first {item.word!r} -> {item.answer!r}: the answer has no token, or the"
+            " model's activations are not numbers."
+        )
     p = np.exp(means.reshape(len(task.items), draws, -1).mean(1))
     return Scores(p[:, 0], p[:, 0] - p[:, 1:].mean(1), (p[:, 1:] >= p[:, :1]).sum(1))
 
@@ -109,6 +118,14 @@ def encode(
     language_tokens: Mapping[str, str] | None = None,
 ) -> Question:
     """The tokens of an item's prompts about `words`; see `score_task`."""
+    question = _encoded(model, tokenizer, task, item, examples, words, language_tokens)
+    # Before any is run: the longest prompts come last.
+    for tokens in (*question.sequences, *(question.inputs or ())):
+        models.model.check_length(len(tokens), model.spec.length, "prompt")
+    return question
+
+
+def _encoded(model, tokenizer, task, item, examples, words, language_tokens):
     if isinstance(model, decoder.Decoder):
         if language_tokens:
             raise ValueError(
@@ -207,9 +224,6 @@ def _after_a_shared_prefix(model, questions, batch, progress) -> np.ndarray:
                 size = len(tokens) - start
                 where[row, j, :size] = np.arange(size) + start - length - 1
                 targets[row, j, :size] = tokens[start:]
-            # Padding to the left and to the right is not looked at.
-            used = max(map(len, question.sequences))
-            models.model.check_length(used, model.spec.length, "prompt")
         found = _branches(graph, parameters, prefix, mask, suffix, where, targets)
         results[chosen] = np.asarray(found)[: len(chosen)]
     return results

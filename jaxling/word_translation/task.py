@@ -103,8 +103,8 @@ def build_task(
 
 
 def _nearest_words(language, words, vectors) -> dict[str, list[str]] | None:
-    """For each word the others by falling cosine, or None without vectors."""
-    if vectors is None:
+    """For each word the others by falling cosine; None without vectors or enough."""
+    if vectors is None or len(words) <= DISTRACTORS:
         return None
     table = np.stack([vectors[language, word] for word in words])
     k = min(len(words) - 1, 8 * DISTRACTORS)
@@ -241,8 +241,10 @@ def load_task(path: str | os.PathLike) -> Task:
         ]
         names = {str(k): str(v) for k, v in content["names"].items()}
         fields = [field for item in items for field in (*item[:4], *item.distractors)]
-        if not items or not all(isinstance(field, str) for field in fields):
-            raise TypeError("an item's fields must be strings")
+        if not items or not all(field and isinstance(field, str) for field in fields):
+            raise TypeError("an item's fields must be strings that are not empty")
+        if any(len(set(item.distractors)) != DISTRACTORS for item in items):
+            raise TypeError(f"every item needs {DISTRACTORS} different distractors")
         lacking = {code for item in items for code in item[:2]} - set(names)
         if lacking:
             raise KeyError(f"no name for {sorted(lacking)}")
