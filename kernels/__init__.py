@@ -45,6 +45,7 @@ else:
     from .isomorphism import singular_value_gap as singular_value_gap
     from .isomorphism import spanning_tree as spanning_tree
     from .isomorphism import spectrum as spectrum
+    from .layer_tiles import Projection as Projection
     from .lockstep import LogisticFit as LogisticFit
     from .logistic import fit_logistic as fit_logistic
     from .neighbors import Neighbors as Neighbors
@@ -67,7 +68,6 @@ else:
     from .problems import only_folds as only_folds
     from .problems import repeated as repeated
     from .problems import weighted as weighted
-    from .projection import Projection as Projection
     from .projection import project_layers as project_layers
     from .reduce import Reducer as Reducer
     from .reduce import accumulate_scores as accumulate_scores

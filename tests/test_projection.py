@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxling import kernels
-from jaxling.kernels import projection
+from jaxling.kernels import layer_tiles
 
 SCALARS = ("log_sum_exp", "entropy", "kl_to_final", "target_log_probs", "group_mass")
 
@@ -205,7 +205,7 @@ def test_a_transform_with_parameters_compiles_once(rng):
     )
     partial = jax.tree_util.Partial(scaled, jnp.float32(1))
     project(transform=partial)
-    steps = projection._prepared, projection._advanced, projection._finished
+    steps = layer_tiles.prepared, layer_tiles.advanced, layer_tiles.finished
     before = [step._cache_size() for step in steps]
     found = project(transform=jax.tree_util.Partial(scaled, jnp.float32(3)))
     assert [step._cache_size() for step in steps] == before
