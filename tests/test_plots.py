@@ -173,3 +173,12 @@ def test_a_writing_system_has_one_colour_everywhere():
     several = colors.script_colors(["Latin", "Cyrillic", "Tibetan", "Runic", "Han"])
     assert len(set(several)) == 5
     assert all(len(color) == 7 and int(color[1:], 16) >= 0 for color in several)
+
+
+def test_a_band_may_have_two_widths(tmp_path):
+    row, width = np.array([0.2, 0.5, 0.4]), np.array([0.1, 0.2, 0.1])
+    pictures = []
+    for errors in (width, np.stack([width, width]), np.stack([0 * width, width])):
+        plots.save_curves(tmp_path / "curve.png", ["a"], [row], errors=[errors])
+        pictures.append((tmp_path / "curve.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
