@@ -131,7 +131,7 @@ def test_a_trace_reads_the_layers_where_the_answer_begins(parted, marker):
     if marker:
         _, cache = model.run_with_cache(prompts[1])
         first, *_, last = model.final_norm(cache["resid_post"][:, 0, -2])
-        model.unembedding[...] = model.unembedding[...].at[1].set(first - last)
+        model.unembedding[...] = model.unembedding[...].at[1].set(2 * (first - last))
     found = behaviours.trace(model, parted, task, shots=2, seed=4, batch=2)
     marked = 0
     for i, (item, tokens) in enumerate(zip(task.items, prompts)):
@@ -164,7 +164,7 @@ def test_a_trace_reads_the_layers_where_the_answer_begins(parted, marker):
         else:
             assert np.isnan(found.pivot_mass[:, i]).all()
     # Or a branch above was never taken.
-    assert marked if marker else "pivot" in found.behaviours.kind
+    assert "pivot" in found.behaviours.kind and bool(marked) == marker
     given = behaviours.trace(
         model, parted, task, shots=2, seed=4, pivots=[{40, 41}] * 5, minimum=1.0
     )
