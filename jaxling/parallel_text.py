@@ -99,11 +99,22 @@ def spaces(
     Layer 0 is the input embedding, layer l the output of block l. With `center` each
     language's mean vector is taken away at every layer, and with it what only tells
     the language.
+
+    Raises:
+      ValueError: the model's vector of a text is not finite.
     """
     found = {}
     for language, texts in parallel.texts.items():
         own = labelled_text.states(model, tokenizer, texts, level="sentence")
         vectors = np.empty_like(own.vectors)
         vectors[:, own.text] = own.vectors
+        wrong = np.argwhere(~np.isfinite(vectors).all(2))
+        if len(wrong):
+            layer, item = wrong[0]
+            raise ValueError(
+                f"The model's vectors must be finite; at layer {layer} that of item"
+                f" {parallel.items[item]} in {language} is not, the first of"
+                f" {len(wrong)}."
+            )
         found[language] = vectors - vectors.mean(1, keepdims=True) * center
     return found

@@ -30,6 +30,9 @@ def word_vectors(
         has no others has a zero vector.
       matrix: `[vocab, d]` embeddings.
       words: any strings.
+
+    Raises:
+      ValueError: the embedding of a word's token is not finite.
     """
     encoded = tokenizer([" " + word for word in words], add_special_tokens=False)
     unknown = getattr(tokenizer, "unk_token_id", None)
@@ -38,6 +41,11 @@ def word_vectors(
         ids = [token for token in ids if token != unknown and token < len(matrix)]
         if ids:
             vectors[row] = np.asarray(matrix[ids], np.float32).mean(0)
+        if not np.isfinite(vectors[row]).all():
+            raise ValueError(
+                f"The embeddings of tokens must be finite; of those of {words[row]!r},"
+                f" {ids}, one is not."
+            )
     return vectors
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet
@@ -11,7 +12,7 @@ import scipy.linalg
 from absl import flags
 from absl.testing import flagsaver
 
-from jaxling import labelled_text, models, parallel_text
+from jaxling import checkpoints, demo, labelled_text, models, parallel_text
 from jaxling.experiments import (
     layer_similarity,
     lexicon_induction,
@@ -208,6 +209,30 @@ def test_texts_that_are_all_alike_leave_no_picture_and_no_crash(tmp_path, capsys
     found = summary(tmp_path / "run")
     assert set(found["languages_by_layer"]["cka"]) == {None}
     assert len(found["clusters_by_layer"][0]) == 3
+
+
+def test_a_model_with_vectors_that_are_not_finite_is_refused(tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoints.locate("demo-small"), folder)
+    path = folder / "model.safetensors"
+    tensors = dict(safetensors.numpy.load_file(path))
+    name = checkpoints.open_checkpoint(folder).input_embeddings()
+    rows = tensors[name].copy()
+    tokenizer = labelled_text.load_tokenizer(str(folder))
+    word = demo.lexicon("eng", "ukr", "test")[0][0]
+    for text in (" " + word, " that"):
+        rows[tokenizer(text, add_special_tokens=False)["input_ids"]] = np.inf
+    safetensors.numpy.save_file(tensors | {name: rows}, path)
+    shared = dict(model=str(folder), languages=["eng", "ukr"], models=[])
+    for experiment, message in [
+        (sentence_retrieval, r"layer 0 that of item LUK\S* in eng is not"),
+        (layer_similarity, r"layer 0 that of item LUK\S* in eng is not"),
+        (lexicon_induction, r"of those of '\w+', \[[\d, ]+\], one is not"),
+    ]:
+        workdir = str(tmp_path / experiment.__name__)
+        with flagsaver.flagsaver(workdir=workdir, per_language=20, **shared):
+            with pytest.raises(ValueError, match=message):
+                experiment.main([])
 
 
 REFUSED = [
