@@ -413,8 +413,12 @@ def test_a_killed_run_goes_on_to_the_same_counts(place, tmp_path, processes):
         corpus.count_corpus(shards[1:], PLAN, workdir=work)
 
 
-def test_damage_stops_a_strict_run(place):
+def test_damage_stops_a_strict_run(place, tmp_path):
     shards = corpus.find_shards([str(place)])
+    options = dict(workdir=tmp_path, processes=1, progress=False)
+    assert corpus.count_corpus(shards, PLAN, **options).counts.damage.skipped == 14
+    with pytest.raises(ValueError, match="no JSON"):
+        corpus.count_corpus(shards, PLAN, strict=True, **options)
     for processes in (1, 2):
         with pytest.raises(ValueError, match="no JSON"):
             corpus.count_corpus(

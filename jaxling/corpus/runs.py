@@ -95,6 +95,9 @@ def count_corpus(
         counts = finished.pop(piece) or load_counts(_name(folder, piece))
         total = counts if total is None else merge(total, counts)
     assert total is not None
+    if strict and (total.damage.skipped or total.damage.mended):
+        # Of shards that an earlier run, which was not strict, had finished.
+        raise ValueError(total.damage.examples[0])
     return Corpus(total, len(shards), len(done))
 
 
