@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import files
+from . import arrays, files
 
 FORMATS = ("jsonl", "parquet", "text", "tokens")
-TOKEN_TYPES = ("uint16", "uint32", "int32", "int64")
 EXAMPLES = 10  # of damage, that a count remembers
 SHARD = 64 << 20  # bytes of an uncompressed file that one worker reads at a time
 _ENDINGS = {
@@ -87,7 +86,7 @@ def find_shards(
       size: bytes of an uncompressed file that make a shard; compressed files are not
         cut.
       end_token: closes each document of an array, which is one document without it.
-      token_type: one of `TOKEN_TYPES`, of the ids in files that have no header, as
+      token_type: one of `arrays.TYPES`, of the ids in files that have no header, as
         trainers leave them (OLMo, nanoGPT).
 
     Raises:
@@ -97,9 +96,11 @@ def find_shards(
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}; got {format!r}.")
-    if token_type is not None and (token_type not in TOKEN_TYPES or format != "tokens"):
+    if token_type is not None and (
+        token_type not in arrays.TYPES or format != "tokens"
+    ):
         raise ValueError(
-            f"`token_type` must be one of {TOKEN_TYPES}, and `format` be tokens; got"
+            f"`token_type` must be one of {arrays.TYPES}, and `format` be tokens; got"
             f" {token_type!r} and {format!r}."
         )
     if size < 1:
@@ -139,7 +140,7 @@ def _parts(shard: Shard, size: int) -> list[tuple[int, int | None]]:
     whole: list[tuple[int, int | None]] = [(0, None)]
     try:
         if kind == "tokens":
-            tokens, ends = _tokens_of(shard)
+            tokens, ends = arrays.open_ids(shard.url, shard.token_type)
             if ends is None and shard.end_token is not None:
                 step = -(-size // 4)
                 return [
@@ -414,83 +415,17 @@ def _values(batch: Any, field: str) -> Iterator[bytes | np.ndarray | None]:
         raise TypeError(f"a column of {kind} holds neither text nor token ids")
 
 
-def _tokens_of(shard: Shard) -> tuple[np.ndarray, np.ndarray | None]:
-    """Token ids, memory-mapped, and where documents begin if the file says so.
-
-    Raises:
-      ValueError: it is a URL, or no such file.
-      OSError: it cannot be read.
-    """
-    url = shard.url
-    if "://" in url:
-        raise ValueError(f"Token files are memory-mapped, so {url} must be local.")
-    if os.path.isdir(url):
-        # Imported here: it brings the whole of training with it.
-        from jaxling.training import packing
-
-        file = packing.open_tokens(url)
-        return np.asarray(file.tokens), np.asarray(file.documents)
-    if shard.token_type is not None:
-        return _headless(url, np.dtype(shard.token_type)), None
-    # Not `open_tokens`, which reads a plain array through: it may be large, and every
-    # shard of it opens it.
-    try:
-        tokens = np.load(url, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError):
-        raise ValueError(
-            f"{url} is no .npy file, whose header tells the type of its numbers. Where"
-            " there is nothing but numbers, name their type (`token_type`)."
-        ) from None
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise ValueError(
-            f"{url} must hold integers on one axis; it holds {tokens.dtype} of shape"
-            f" {tokens.shape}."
-        )
-    return np.asarray(tokens), None
-
-
-def _headless(url: str, dtype: np.dtype) -> np.ndarray:
-    with open(url, "rb") as file:
-        if file.read(6) == b"\x93NUMPY":
-            raise ValueError(f"{url} has a header, which names the type: give none.")
-        size = file.seek(0, io.SEEK_END)
-    if not size or size % dtype.itemsize:
-        raise ValueError(f"{url} has {size:,} bytes, which hold no ids of {dtype}.")
-    return np.asarray(np.memmap(url, dtype, "r"))
-
-
 def _read_tokens(shard: Shard, damaged: Damaged) -> Iterator[np.ndarray]:
     try:
-        tokens, begins = _tokens_of(shard)
+        tokens, begins = arrays.open_ids(shard.url, shard.token_type)
     except ValueError as error:
         _skip(damaged, shard.url, error)
         return
     if begins is None and shard.end_token is not None:
-        yield from _cut_at(tokens, shard)
+        yield from arrays.closed_by(tokens, shard.end_token, shard.begin, shard.end)
         return
     if begins is None:
         begins = np.array([0, len(tokens)])
     end = len(begins) - 1 if shard.end is None else shard.end
     for document in range(shard.begin, end):
         yield tokens[begins[document] : begins[document + 1]]
-
-
-def _cut_at(tokens: np.ndarray, shard: Shard) -> Iterator[np.ndarray]:
-    """Documents that begin in the shard, without the token that closes them."""
-    end = len(tokens) if shard.end is None else shard.end
-    at = shard.begin
-    if at and tokens[at - 1] != shard.end_token:
-        at = _closed(tokens, at, shard.end_token) + 1
-    while at < end:
-        close = _closed(tokens, at, shard.end_token)
-        yield tokens[at:close]
-        at = close + 1
-
-
-def _closed(tokens: np.ndarray, at: int, token: int | None) -> int:
-    """Where the next `token` stands from `at` on; the end where there is none."""
-    for begin in range(at, len(tokens), 1 << 16):
-        found = np.flatnonzero(tokens[begin : begin + (1 << 16)] == token)
-        if len(found):
-            return begin + int(found[0])
-    return len(tokens)
