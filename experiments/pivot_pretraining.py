@@ -56,7 +56,7 @@ from jaxling import (
     vocabulary,
     word_translation,
 )
-from jaxling.corpus import pools, selection
+from jaxling.corpus import pools, runs, selection
 from jaxling.demo import pool
 from jaxling.report import plots, tables
 
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
     shards = common.shards()
     digest = hashlib.sha256(repr(task).encode(errors="surrogatepass")).hexdigest()
     run = common.begin(
-        "pivot_pretraining", {"task": digest, "shards": [s.url for s in shards]}
+        "pivot_pretraining", {"task": digest, "corpus": runs.fingerprint(shards)}
     )
     word_translation.save_task(task, run.workdir / "task.json")
     questions = _questions(run.workdir, base, tokenizer, task)

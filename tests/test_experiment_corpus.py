@@ -131,7 +131,7 @@ def test_counts_of_traced_items(place, tmp_path, flags):
     assert table["count"] == corpus.pair_counts(pairs, one, other).tolist()
     assert table["source_count"] == alone[one].tolist()
     assert table["target_count"] == alone[other].tolist()
-    assert table["count"][0] > 5 and len(set(table["count"])) == 3
+    assert table["count"][0] > 5 and len(set(table["count"])) > 1
     if plan == corpus.Plan(corpus.surface_terms(words)):
         both = [r"(?i)\bjesus\b", r"(?i)\byesu\b"]
         held = [all(re.search(word, text) for word in both) for text in texts]

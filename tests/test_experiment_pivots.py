@@ -164,6 +164,12 @@ def test_arms_are_trained_measured_and_kept(place, tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert json.loads((run / "summary.json").read_text()) == first
 
+    # Not of a pool that has changed since.
+    with open(place / "corpus.jsonl", "a") as file:
+        file.write("\n")
+    with settings(place, run, **given), pytest.raises(ValueError, match="other inputs"):
+        pivot_pretraining.main([])
+
     module = types.ModuleType("languages_of_the_pool")
     module.identify = lambda text: "f" if "mot" in text else "e"
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -2,7 +2,8 @@
 
 He et al., 2025, "Semantic Pivots", https://arxiv.org/abs/2505.16385, and its released
 code: x = ln(count), 0 where the count is 0; Pearson's r of x and the Score, and the
-area under the ROC curve of x for "co-occurrence" (1) against "pivot" (0).
+area under the ROC curve of x for "co-occurrence" (1) against "pivot" (0); and a linear
+fit of the Score by x and what a pair's pivots add.
 """
 
 from collections.abc import Mapping, Sequence

@@ -233,7 +233,7 @@ def _claim(folder: pathlib.Path, shards: Sequence[Shard], plan: Plan) -> None:
     tokenizer = None if plan.tokenizer is None else plan.tokenizer.to_str()
     record = {
         "plan": _digest(plan._replace(tokenizer=tokenizer)),
-        "shards": _digest([(*shard, *_stamp(shard.url)) for shard in shards]),
+        "shards": fingerprint(shards),
     }
     path = folder / "count.json"
     if path.exists():
@@ -250,6 +250,15 @@ def _claim(folder: pathlib.Path, shards: Sequence[Shard], plan: Plan) -> None:
     partial = path.with_name("count.json.partial")
     partial.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     os.replace(partial, path)
+
+
+def fingerprint(shards: Sequence[Shard]) -> str:
+    """Of what is read, and how; it changes with the files, where they are local.
+
+    Raises:
+      OSError: a file is not there.
+    """
+    return _digest([(*shard, *_stamp(shard.url)) for shard in shards])
 
 
 def _digest(content: Any) -> str:
