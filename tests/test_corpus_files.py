@@ -224,6 +224,11 @@ def test_integers_of_every_kind(tmp_path):
         counts = corpus.count_shard(shard, plan)
         assert counts.term_occurrences.tolist() == [2], kind
         assert counts.token_occurrences.tolist() == [0, 2, 1, 1]
+    table = pa.table({"text": [[1, -2], [3], [None], None]})
+    pa.parquet.write_table(table, tmp_path / "c.parquet")
+    met = []
+    assert [ids.tolist() for ids in read([tmp_path / "c.parquet"], met.append)] == [[3]]
+    assert [damage.skipped for damage in met] == [1] * 3
     with pytest.raises(ValueError, match=r"a\.parquet: A token must be in \[0, 2\)"):
         corpus.count_shard(shard, plan._replace(vocabulary_size=2))
     for array in (np.zeros(3), np.zeros((2, 2), int)):

@@ -357,7 +357,7 @@ def _read_parquet(
                         place = f"{shard.url}, row group {group}, row {row}"
                         row += 1
                         if any(value is None for value in values):
-                            _skip(damaged, place, "there is no value")
+                            _skip(damaged, place, "no value, or a negative token id")
                             continue
                         document, *rest = (
                             _decoded(value, place, damaged)
@@ -375,7 +375,7 @@ def _read_parquet(
 
 
 def _values(batch: Any, field: str) -> Iterator[bytes | np.ndarray | None]:
-    """Texts as bytes, lists of token ids as arrays.
+    """Texts as bytes, lists of token ids as arrays; None where there is neither.
 
     Raises:
       TypeError: the field holds neither.
@@ -401,8 +401,10 @@ def _values(batch: Any, field: str) -> Iterator[bytes | np.ndarray | None]:
         if not types.is_integer(kind.value_type):
             raise TypeError(f"a column of {kind} holds neither text nor token ids")
         for row in column:
-            valid = row.is_valid and not row.values.null_count
-            yield row.values.to_numpy() if valid else None
+            ids = None
+            if row.is_valid and not row.values.null_count:
+                ids = row.values.to_numpy()
+            yield None if ids is None or (ids < 0).any() else ids
     elif (
         types.is_string(kind)
         or types.is_large_string(kind)
