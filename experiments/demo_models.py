@@ -14,7 +14,8 @@ held-out words (chance 0.10), in the five-shot prompt of He et al., 2025,
 https://arxiv.org/abs/2505.16385; Score is the difference in probability to the mean of
 the nine. Intervals resample concepts. Loss is compared with the unigram model of the
 same language's training verses. `--items=0` and `--verses=0` take all; the card has
-40 words and 60 verses.
+40 words and 60 verses. `--unseen_pairs` asks for words of the four pairs of languages
+that met in no document, both ways.
 """
 
 import numpy as np
