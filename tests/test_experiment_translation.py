@@ -53,7 +53,10 @@ def place(tmp_path_factory):
         "decoder_start_token_id": 0,
     }
     models.save(models.build(pair, jax.random.key(1)), folder / "pair")
-    for name in ("model", "pair"):
+    broken = models.build(config, jax.random.key(0))
+    broken.unembedding[...] = broken.unembedding[...].at[5, 5].set(np.nan)
+    models.save(broken, folder / "broken")
+    for name in ("model", "pair", "broken"):
         found.save(str(folder / name / "tokenizer.json"))
     lines = "".join(f"{a}\t{b}\n" for a, b in WORDS)
     (folder / "en-fr.txt").write_text(lines)
@@ -174,3 +177,22 @@ def test_a_text_is_read_in_every_layer(place, tmp_path):
     assert {"languages.png", "scripts.png", "tokens.png", "lens.html"} <= {
         path.name for path in (tmp_path / "run").iterdir()
     }
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--model={}/broken"], "Layer 0 of"),
+        (["--train_steps=3"], "--train_steps has no meaning here"),
+    ],
+)
+def test_a_lens_that_cannot_be_read_ends_in_one_paragraph(
+    place, tmp_path, flags, words
+):
+    given = [flag.format(place) for flag in flags]
+    lexicon = f"--lexicon=eng-fra:{place}/en-fr.txt"
+    done = run(
+        "lens", place, "--text=word1", lexicon, *given, f"--workdir={tmp_path / 'run'}"
+    )
+    assert done.returncode == 1, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr

@@ -223,15 +223,16 @@ def test_gradients_are_those_of_the_dense_formula(rng):
     groups = (rng.random((2, 90)) < 0.4).astype("f")
     turned = lambda m, h: jnp.einsum("lnd,de->lne", h, m, precision="highest")  # noqa
 
-    def total(lse, kl, entropy, own, mass):
-        return lse.sum() + 2 * kl.sum() - entropy.sum() + (own**2).sum() + mass.sum()
+    def total(lse, kl, entropy, own, mass, top):
+        sums = lse.sum() + 2 * kl.sum() - entropy.sum() + (own**2).sum() + mass.sum()
+        return sums + (top**2).sum()
 
     def sparse(hidden, matrix, bias):
         found = kernels.project_layers(
             *(hidden, unembed),
             **dict(transform=jax.tree_util.Partial(turned, matrix), bias=bias),
             **dict(targets=targets, groups=groups, entropy=True, divergence=True),
-            **dict(softcap=20.0, tile=32, block=4),
+            **dict(softcap=20.0, k=3, tile=32, block=4),
         )
         return total(
             found.log_sum_exp,
@@ -239,6 +240,7 @@ def test_gradients_are_those_of_the_dense_formula(rng):
             found.entropy,
             found.target_log_probs,
             found.group_mass,
+            found.top_log_probs,
         )
 
     def dense(hidden, matrix, bias):
@@ -253,6 +255,7 @@ def test_gradients_are_those_of_the_dense_formula(rng):
             -(p * log_p).sum(-1),
             log_p[:, np.arange(6), targets],
             p @ groups.T,
+            jax.lax.top_k(log_p, 3)[0],
         )
 
     found = jax.grad(sparse, (0, 1, 2))(hidden, matrix, bias)
