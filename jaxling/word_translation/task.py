@@ -70,7 +70,10 @@ def build_task(
     for (source, target), pairs in lexicons.items():
         unnamed = {source, target} - set(names)
         if unnamed:
-            raise ValueError(f"No prompt name for the languages {sorted(unnamed)}.")
+            raise ValueError(
+                f"No prompt name for the languages {sorted(unnamed)}: `names` says what"
+                " a prompt calls each, such as eng:English."
+            )
         pairs = list(dict.fromkeys((word, answer) for word, answer in pairs))
         answers: dict[str, set[str]] = {}
         for word, answer in pairs:
