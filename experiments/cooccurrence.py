@@ -246,6 +246,12 @@ def _show(found, summary, workdir) -> None:
         found.area[_TARGET].value,
     ]
     print(tables.format_table(header, [*rows, total], digits=2))
+    print()
+    for kind, more in found.advantage.items():
+        print(
+            f"The average area by both words minus that by the {kind}: {more.value:.3f}"
+            f" ({more.low:.3f} – {more.high:.3f})."
+        )
     print(
         f"\nr is of ln(count) and Score, areas are under the ROC curve for translating"
         f" directly; source and target: by one word's count. Counts are"

@@ -139,6 +139,7 @@ def test_counts_of_traced_items(place, tmp_path, flags):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["damage"]["skipped"] == 1 and summary["items"] == 12
     assert 0 <= summary["pairs"]["eng-swh"]["area"]["both words"]["value"] <= 1
+    assert "minus that by the target word alone: " in done.stdout
     assert {"scores.png", "areas.png", "correlations.png"} <= {
         path.name for path in tmp_path.iterdir()
     }
