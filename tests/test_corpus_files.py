@@ -1,6 +1,7 @@
 """Corpora as files: every format, every cut, every kind of damage, and killed runs."""
 
 import gzip
+import io
 import json
 import os
 import pathlib
@@ -189,6 +190,38 @@ def test_a_file_that_ends_too_early(tmp_path, name):
     assert name in met[0].examples[0]
     with pytest.raises(ValueError, match=name):
         read([path])
+
+
+class Failing(io.FileIO):
+    """A file whose middle cannot be reached."""
+
+    def readinto(self, buffer) -> int:
+        if self.tell() >= 10_000 and self.tell() < os.path.getsize(self.name) - 30_000:
+            raise ConnectionResetError(104, "connection reset by peer")
+        return super().readinto(buffer)
+
+    def read(self, size=-1) -> bytes:
+        buffer = bytearray(1 << 20 if size < 0 else size)
+        return bytes(buffer[: self.readinto(buffer)])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.parquet"])
+def test_a_network_that_fails_is_no_damage(tmp_path, name, monkeypatch):
+    rng = np.random.default_rng(0)
+    texts = ["".join(map(chr, rng.integers(97, 123, 50))) for _ in range(20_000)]
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        table = pa.table({"text": texts})
+        pa.parquet.write_table(table, path, row_group_size=1000)
+    else:
+        pack = {"txt": bytes, "gz": gzip.compress, "zst": zst}[name.split(".")[-1]]
+        path.write_bytes(pack("\n".join(texts).encode()))
+    (shard,) = corpus.find_shards([str(path)])
+    monkeypatch.setattr("jaxling.corpus.files.opened", lambda url: Failing(url))
+    met = []
+    with pytest.raises(ConnectionResetError):
+        list(corpus.read_shard(shard, met.append))
+    assert not met
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "b.jsonl.gz", "c.jsonl.zst", "d.npy"])

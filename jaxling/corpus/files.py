@@ -114,12 +114,20 @@ class _Frames(io.RawIOBase):
 
 
 def damages() -> tuple[type[Exception], ...]:
-    """What reading a damaged file raises."""
+    """What reading a damaged file raises; see `out_of_reach`."""
     known = (OSError, EOFError, zlib.error)
     try:
         return (*known, _zstandard().ZstdError)
     except ImportError:
         return known
+
+
+def out_of_reach(error: Exception) -> bool:
+    """Whether a disk or a network failed, and not the file: it may be read again."""
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    # Damage of gzip and Parquet is an OSError too, but none of the system's.
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def _zstandard() -> Any:

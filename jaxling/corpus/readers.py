@@ -188,7 +188,7 @@ def read_shard(
 
     Raises:
       ValueError: damage, where `damaged` is None.
-      OSError: the file cannot be opened.
+      OSError: the file cannot be opened, or a disk or network fails.
       ImportError: a URL, or `.zst`, without the extra `corpus`.
     """
     damaged = damaged or _raise
@@ -318,6 +318,8 @@ def _lines(shard: Shard, damaged: Damaged) -> Iterator[tuple[bytes, str]]:
             try:
                 line = file.readline()
             except files.damages() as error:
+                if files.out_of_reach(error):
+                    raise
                 _skip(damaged, shard.url, f"the rest is lost, {error}")
                 return
             if not line:
@@ -347,6 +349,8 @@ def _read_parquet(
                     raise ValueError(f"there is no column {field.split('.')[0]!r}")
             end = table.num_row_groups if shard.end is None else shard.end
         except (pa.ArrowException, ValueError, OSError) as error:
+            if files.out_of_reach(error):
+                raise
             _skip(damaged, shard.url, error)
             return
         for group in range(shard.begin, end):
@@ -370,6 +374,8 @@ def _read_parquet(
                             continue
                         yield document, rest[0] if rest else None
             except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+                if files.out_of_reach(error):
+                    raise
                 place = f"{shard.url}, row group {group} from row {row} on"
                 _skip(damaged, place, error)
 
