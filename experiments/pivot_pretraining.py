@@ -34,6 +34,7 @@ Each finished arm and seed is kept in the workdir, and a killed run goes on from
 Intervals are Student's over seeds (95%), the differences paired by seed.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -141,8 +142,10 @@ def main(argv: list[str]) -> None:
     questions = _questions(run.workdir, base, tokenizer, task)
     before = _kept(
         run.workdir / "before.json",
-        lambda: _measured(base, tokenizer, questions, recipe),
+        functools.partial(_measured, base, tokenizer, questions, recipe),
     )
+    size, end = len(base.embedding[...]), _end(base)
+    del base  # every arm loads its own, beside which a large one has no room
     results: dict[str, list[dict]] = {arm: [] for arm in selection.ARMS}
     seeds = range(common.SEED.value, common.SEED.value + _SEEDS.value)
     waiting = [(seed, arm) for seed in seeds for arm in selection.ARMS]
@@ -152,7 +155,9 @@ def main(argv: list[str]) -> None:
         def trained(seed=seed, arm=arm) -> dict:
             if seed not in chosen_from:
                 chosen_from.clear()
-                chosen_from[seed] = _pool(run.workdir, shards, tokenizer, base, seed)
+                chosen_from[seed] = _pool(
+                    run.workdir, shards, tokenizer, size, end, seed
+                )
             return _arm(
                 run.workdir / f"{arm}-{seed}",
                 chosen_from[seed],
@@ -280,10 +285,9 @@ def _identified(documents, tokenizer) -> Iterator[tuple[str | np.ndarray, str]]:
         yield document, identify(text)
 
 
-def _pool(workdir, shards, tokenizer, model, seed: int) -> pools.Pool:
+def _pool(workdir, shards, tokenizer, size: int, end, seed: int) -> pools.Pool:
     """A pool of files is the same for every seed, the built-in one is drawn by it."""
     folder = workdir / (f"pool-{seed}" if not shards else "pool")
-    size, end = len(model.embedding[...]), _end(model)
     pools.write_pool(
         folder,
         _records(shards, seed, tokenizer),
