@@ -144,10 +144,14 @@ def test_arms_are_trained_measured_and_kept(place, tmp_path, monkeypatch):
     assert min(shares["pivots"]["pivot_share"]) > max(
         shares["co-occurrence"]["pivot_share"]
     )
-    assert (
-        shares["multilingual"]["score"]["low"]
-        <= shares["multilingual"]["score"]["mean"]
-    )
+    for arm in selection.ARMS:
+        own = [s for s, of in zip(table["score"], table["arm"]) if of == arm]
+        # Student's t of one degree of freedom is 12.7062 at 0.975.
+        half = 12.7062 * abs(own[0] - own[1]) / 2
+        np.testing.assert_allclose(shares[arm]["score"]["mean"], np.mean(own))
+        np.testing.assert_allclose(
+            shares[arm]["score"]["low"], np.mean(own) - half, atol=1e-6
+        )
     pivots = np.array([table["score"][0], table["score"][1]])
     others = np.array([table["score"][2], table["score"][3]])
     np.testing.assert_allclose(

@@ -142,7 +142,7 @@ def test_known_pivots_of_cloned_languages_are_found(rng, bridges):
     assert pivots.agreement(turned, truth).precision < 0.3
 
 
-def test_counts_of_a_corpus_give_pivots_and_their_company():
+def test_counts_of_a_corpus_give_pivots_and_their_company(monkeypatch):
     # Words 0 and 1; token 2 is beside both, token 3 beside one, token 4 anywhere.
     documents = [[0, 2, 4]] * 3 + [[1, 2, 4]] * 2 + [[1, 2], [0, 3, 4], [4], [5], [4]]
     counts = corpus.count_documents(
@@ -164,6 +164,9 @@ def test_counts_of_a_corpus_give_pivots_and_their_company():
     np.testing.assert_allclose(company, [np.log(3), 0])
     nothing = pivots.keep(found.pivots, found.association, 2.0)
     np.testing.assert_array_equal(pivots.company(found, nothing), [0, 0])
+    monkeypatch.setattr(pivots, "_BLOCK", 1)
+    again = pivots.find(counts, [0, 2], [1, 1], k=3, excluded=[{0, 1}, ()])
+    np.testing.assert_equal(again, found)
     with pytest.raises(ValueError, match="term_tokens=True"):
         pivots.find(counts._replace(term_tokens=None), [0], [1])
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from .cooccurrence import Counts, Pairs
 
-_BLOCK = 256  # items whose counts are dense at a time
+_BLOCK = 32  # items whose counts are dense at a time, some GB of a large vocabulary
 
 
 class Pivots(NamedTuple):
