@@ -1,12 +1,15 @@
 """Logistic problems of one batch, solved in lockstep.
 
-L-BFGS (Liu and Nocedal 1989, https://doi.org/10.1007/BF01589116), preconditioned by a
-low-rank covariance that all problems share. An iteration is two passes over the blocks
-of rows that still have unsolved problems, one for the margins of a step of length one
-and one for the gradient after the step; how many blocks there are is data, so blocks
-whose problems are solved cost nothing. The length of the step is one Newton step along
-it, safeguarded: a step that ends beyond the minimum and climbs is taken back and tried
-again at a quarter.
+Conjugate gradients in the locally optimal form: each step is the best one in the span
+of the preconditioned gradient, the intercept and the step before, the best by Newton
+on the span (three unknowns) and then by Newton along the step. The preconditioner is a
+low-rank covariance that all problems share.
+
+Of the rows an iteration makes two products, one for the margins of the new direction
+and one for the gradient after the step; the margins of everything else are kept. A pass
+visits the blocks of rows that still have unsolved problems; how many there are is data,
+so blocks whose problems are solved cost nothing. A step that ends beyond the minimum
+and climbs is taken back and tried again at a quarter.
 
 Tiles of many blocks are first solved on an eighth of them, where most iterations go.
 """
@@ -22,7 +25,6 @@ from jaxtyping import Array, Bool, Float, Int
 from . import batching
 
 RANK = 64  # of the covariance in the preconditioner
-MEMORY = 4  # pairs of L-BFGS
 SAMPLE_GAP = 0.01  # relative bound at which the phase on a sample of the rows ends
 SAMPLE_ITERATIONS = 30  # and the iterations after which it ends in any case
 PATIENCE = 25  # iterations without a better bound after which a problem is given up
@@ -86,14 +88,11 @@ class _State(NamedTuple):
     objective: Float[Array, " p"]
     curvature: Float[Array, "p k"]
     gap: Float[Array, " p"]
+    last: Float[Array, "p k D"]  # the step before; zero where there is none
     margins: Float[Array, "b c k r"]
-    steps: Float[Array, "b c k r"]
-    undo: Float[Array, " p"]  # length of a rejected step, still in the margins
+    moves: Float[Array, "b c k r"]  # the part of the margins that the last step added
+    rejected: Bool[Array, " p"]  # that step was no good: it is to be taken off
     limit: Float[Array, " p"]  # longest step allowed
-    moves: Float[Array, "m p k D"]
-    changes: Float[Array, "m p k D"]
-    inverse: Float[Array, "m p"]  # 1 / (move . change); 0 is an empty pair
-    newest: Int[Array, ""]
     active: Bool[Array, " p"]
     best: Float[Array, " p"]
     patience: Int[Array, " p"]
@@ -191,14 +190,11 @@ def solve(
         objective=jnp.full(p, jnp.inf, dtype),
         curvature=jnp.ones((p, outputs), dtype),
         gap=jnp.full(p, jnp.inf, dtype),
+        last=zeros((p, outputs, D)),
         margins=zeros((b, c, outputs, r)),
-        steps=zeros((b, c, outputs, r)),
-        undo=zeros(p),
+        moves=zeros((b, c, outputs, r)),
+        rejected=jnp.zeros(p, bool),
         limit=jnp.full(p, jnp.inf, dtype),
-        moves=zeros((MEMORY, p, outputs, D)),
-        changes=zeros((MEMORY, p, outputs, D)),
-        inverse=zeros((MEMORY, p)),
-        newest=jnp.int32(0),
         active=real,
         best=jnp.full(p, jnp.inf, dtype),
         patience=jnp.full(p, PATIENCE, jnp.int32),
@@ -267,15 +263,18 @@ def _losses(margins, labels, weights):
     return weights * loss, *lax.optimization_barrier((weights[:, None] * residual, p))
 
 
-def _curve(residual, p, weights, steps):
-    """Sums over rows of the first and second derivative along `steps`, `[2, c]`."""
-    first = _einsum("ckr,ckr->c", residual, steps)
+def _bend(p, weights, directions):
+    """Second derivatives `[c]` along all pairs i >= j of directions `[c, k, r]`."""
     if p.shape[1] == 1:
-        spread = p * (1 - p) * jnp.square(steps)
+        mass = weights[:, None] * p * (1 - p)
     else:
-        mean = jnp.sum(p * steps, axis=1, keepdims=True)
-        spread = p * jnp.square(steps - mean)
-    return jnp.stack([first, _einsum("cr,ckr->c", weights, spread)])
+        mass = weights[:, None] * p
+        directions = [v - jnp.sum(p * v, axis=1, keepdims=True) for v in directions]
+    mass = lax.optimization_barrier(mass)
+    return [
+        [jnp.sum(mass * u * v, axis=(1, 2)) for v in directions[: i + 1]]
+        for i, u in enumerate(directions)
+    ]
 
 
 class _Units(NamedTuple):
@@ -309,64 +308,138 @@ def _by_column(values: Array, problems: Int[Array, " c"]) -> Array:
     return jnp.take(values, problems, axis=0, mode="clip")
 
 
-# In both passes a barrier keeps a block's values in hand, else they are computed anew
+def _added(total: Array, i, value: Array) -> Array:
+    return lax.dynamic_update_index_in_dim(total, total[i] + value, i, 0)
+
+
+# In all passes a barrier keeps a block's values in hand, else they are computed anew
 # in every use. And a pass reads from one array and writes to another: an array that a
 # loop both reads and updates is copied whole for every block. Blocks that are not
 # visited lose their margins, which nobody reads again.
 
 
-def _forward(job: _Job, s: _State, units: _Units, direction, trial):
-    """Margins where `w` stands and their steps along `direction`, `[b, c, k, r]`; the
-    first and second derivative of the losses after a step of length `trial` `[p]`,
-    `[2, t, c]`.
+def _stand(s: _State, block, problems):
+    """A block's margins where `w` stands, and those of the step that led there."""
+    rejected = _by_column(s.rejected, problems)[:, None, None]
+    moves = s.moves[block]
+    base = jnp.where(rejected, s.margins[block] - moves, s.margins[block])
+    moves = jnp.where(rejected | s.restart, 0, moves)
+    return lax.optimization_barrier((jnp.where(s.restart, 0, base), moves))
+
+
+class _Mix(NamedTuple):
+    """A step of each problem, as multiples of its intercept's part of the direction,
+    of the weights' part, and of the last step.
+    """
+
+    shift: Float[Array, " p"]
+    ahead: Float[Array, " p"]
+    again: Float[Array, " p"]
+
+
+def _forward(job: _Job, s: _State, units: _Units, ahead, intercept):
+    """Margins `[b, c, k, r]` of the weights `ahead`, and second derivatives of the
+    losses: by pairs of the directions of `_Mix`, `[[t, c, 1], [t, c, 2], [t, c, 3]]`.
     """
 
     def one(i, carry):
-        bases, steps, curve = carry
+        steps, bend = carry
         block, tile, problems, labels, weights = _visited(job, units, i)
-        own = _by_column(direction, problems).reshape(-1, direction.shape[2])
+        own = _by_column(ahead, problems).reshape(-1, ahead.shape[2])
         step = exact_product(own, job.stored.values[block].T)
-        step = lax.optimization_barrier(step.reshape(bases.shape[1:]))
-        undo = _by_column(s.undo, problems)[:, None, None]
-        base = s.margins[block] - undo * s.steps[block]
-        base = lax.optimization_barrier(jnp.where(s.restart, 0, base))
-        tried = base + _by_column(trial, problems)[:, None, None] * step
-        _, residual, probability = _losses(tried, labels, weights)
-        both = _curve(residual, probability, weights, step)
+        step = lax.optimization_barrier(step.reshape(steps.shape[1:]))
+        base, moves = _stand(s, block, problems)
+        _, _, p = _losses(base, labels, weights)
+        shift = jnp.broadcast_to(_by_column(intercept, problems)[..., None], step.shape)
+        sums = _bend(p, weights, [shift, step, moves])
+        sums = [jnp.stack(row, axis=1) for row in sums]
         return (
-            lax.dynamic_update_index_in_dim(bases, base, block, 0),
             lax.dynamic_update_index_in_dim(steps, step, block, 0),
-            curve.at[:, tile].add(both),
+            [_added(row, tile, own) for row, own in zip(bend, sums)],
         )
 
-    empty = jnp.zeros_like(s.margins)
-    curve = jnp.zeros((2, *job.batch.problem.shape), s.w.dtype)
-    count = jnp.where(jnp.any(direction != 0), units.count, 0)
-    return lax.fori_loop(0, count, one, (empty, empty, curve))
+    shape, dtype = job.batch.problem.shape, ahead.dtype
+    bend = [jnp.zeros((*shape, n), dtype) for n in (1, 2, 3)]
+    count = jnp.where(jnp.any(ahead != 0), units.count, 0)
+    return lax.fori_loop(0, count, one, (jnp.zeros_like(s.margins), bend))
 
 
-def _backward(job: _Job, units: _Units, bases, steps, length, d: int):
-    """After steps of `length`: margins, and by column the gradient, loss, curvature."""
+def _mixed(intercept, mix: _Mix, problems, step, moves):
+    """What the step adds to the margins of a block, `[c, k, r]`."""
+    own = jax.tree.map(lambda n: _by_column(n, problems)[:, None, None], mix)
+    shift = own.shift * _by_column(intercept, problems)[..., None]
+    return lax.optimization_barrier(own.ahead * step + own.again * moves + shift)
+
+
+def _along(job: _Job, s: _State, units: _Units, steps, intercept, mix: _Mix):
+    """First and second derivative `[t, c, 2]` of the losses after the whole step."""
+
+    def one(i, slopes):
+        block, tile, problems, labels, weights = _visited(job, units, i)
+        base, moves = _stand(s, block, problems)
+        step = _mixed(intercept, mix, problems, steps[block], moves)
+        _, residual, p = _losses(base + step, labels, weights)
+        first = jnp.sum(residual * step, axis=(1, 2))
+        ((second,),) = _bend(p, weights, [step])
+        return _added(slopes, tile, jnp.stack([first, second], axis=1))
+
+    start = jnp.zeros((*job.batch.problem.shape, 2), intercept.dtype)
+    return lax.fori_loop(0, jnp.where(s.restart, 0, units.count), one, start)
+
+
+def _backward(job: _Job, s: _State, units: _Units, steps, intercept, mix: _Mix):
+    """After the step: margins and what it added to them, and by column the gradient,
+    loss and curvature.
+    """
 
     def one(i, carry):
-        margins, gradient, loss, spread = carry
+        margins, moved, gradient, loss, spread = carry
         block, tile, problems, labels, weights = _visited(job, units, i)
-        own = _by_column(length, problems)[:, None, None]
-        moved = lax.optimization_barrier(bases[block] + own * steps[block])
-        losses, residual, p = _losses(moved, labels, weights)
+        base, moves = _stand(s, block, problems)
+        step = _mixed(intercept, mix, problems, steps[block], moves)
+        base = lax.optimization_barrier(base + step)
+        losses, residual, p = _losses(base, labels, weights)
         flat = residual.reshape(-1, residual.shape[2])
         sums = exact_product(flat, job.stored.values[block])
         return (
-            lax.dynamic_update_index_in_dim(margins, moved, block, 0),
-            gradient.at[tile].add(sums.reshape(gradient.shape[1:])),
-            loss.at[tile].add(jnp.sum(losses, axis=1)),
-            spread.at[tile].add(_einsum("cr,ckr->ck", weights, p * (1 - p))),
+            lax.dynamic_update_index_in_dim(margins, base, block, 0),
+            lax.dynamic_update_index_in_dim(
+                moved, jnp.where(s.restart, 0, step), block, 0
+            ),
+            _added(gradient, tile, sums.reshape(gradient.shape[1:])),
+            _added(loss, tile, jnp.sum(losses, axis=1)),
+            _added(spread, tile, _einsum("cr,ckr->ck", weights, p * (1 - p))),
         )
 
-    (t, c), k = job.batch.problem.shape, bases.shape[2]
-    zeros = functools.partial(jnp.zeros, dtype=length.dtype)
-    start = jnp.zeros_like(bases), zeros((t, c, k, d)), zeros((t, c)), zeros((t, c, k))
-    return lax.fori_loop(0, units.count, one, start)
+    (t, c), (_, k, width) = job.batch.problem.shape, s.w.shape
+    zeros = functools.partial(jnp.zeros, dtype=s.w.dtype)
+    empty = jnp.zeros_like(steps)
+    sums = zeros((t, c, k, width)), zeros((t, c)), zeros((t, c, k))
+    return lax.fori_loop(0, units.count, one, (empty, empty, *sums))
+
+
+def _minimiser(bend, slope) -> list[Array]:
+    """Where a quadratic of these derivatives is least: coefficients, by elimination.
+
+    A direction that those before it span, to rounding, is left out.
+    """
+    n, inverse = len(slope), []
+    least = [100 * jnp.finfo(one.dtype).eps * bend[i][i] for i, one in enumerate(slope)]
+    upper = [[bend[j][i] for j in range(i, n)] for i in range(n)]
+    right = [-one for one in slope]
+    for i in range(n):
+        pivot = upper[i][0]
+        inverse.append(jnp.where(pivot > least[i], 1 / pivot, 0))
+        for j in range(i + 1, n):
+            factor = upper[i][j - i] * inverse[i]
+            right[j] = right[j] - factor * right[i]
+            for m in range(j, n):
+                upper[j][m - j] = upper[j][m - j] - factor * upper[i][m - i]
+    found: list[Array] = []
+    for i in reversed(range(n)):
+        rest = sum(u * v for u, v in zip(upper[i][1:], found))
+        found.insert(0, inverse[i] * (right[i] - rest))
+    return found
 
 
 def _iterate(job: _Job, s: _State) -> _State:
@@ -374,25 +447,37 @@ def _iterate(job: _Job, s: _State) -> _State:
     l2, d = job.l2, job.d
     units = _units(job, s)
     direction = jnp.where(s.restart, s.w, _direction(s, job.basis, l2, d))
-    direction = lax.optimization_barrier(direction)
-    downhill = _dot(s.gradient, direction) < 0
-    # The length: one Newton step along the direction. From one, which is about right
-    # once there is a memory; the first direction may be far too long.
-    trial = jnp.any(s.inverse > 0, axis=0).astype(s.w.dtype)
-    bases, steps, curve = _forward(job, s, units, direction, trial)
-    along = direction.at[..., d].set(0)
-    bend = _sides(curve[1], job.batch) + l2 * _dot(along, along)
-    slope = l2 * _dot(along, s.w + trial[:, None, None] * direction)
-    slope = slope + _sides(curve[0], job.batch)
-    length = trial - slope / jnp.maximum(bend, jnp.finfo(s.w.dtype).tiny)
-    length = jnp.minimum(jnp.clip(length, 0.2 * trial, 4.0), s.limit)
-    length = jnp.where(s.active & downhill, length, 0)
-    length = jnp.where(s.restart, 1.0, length).astype(s.w.dtype)
+    ahead = lax.optimization_barrier(direction.at[..., d].set(0))
+    intercept = direction[..., d]
+    steps, bend = _forward(job, s, units, ahead, intercept)
+    again = s.last.at[..., d].set(0)
+    bend = [list(_sides(row, job.batch).T) for row in bend]
+    bend[1][1] += l2 * _dot(ahead, ahead)
+    bend[2][1] += l2 * _dot(ahead, again)
+    bend[2][2] += l2 * _dot(again, again)
+    slope = [jnp.sum(s.gradient[..., d] * intercept, axis=1)]
+    slope += [_dot(s.gradient, ahead), _dot(s.gradient, s.last)]
+    mix = _Mix(*_minimiser(bend, slope))
+    whole = _Mix(*jnp.broadcast_to(jnp.array([[1], [1], [0]]), (3, len(l2))))
+    mix = jax.tree.map(lambda own, all_: jnp.where(s.restart, all_, own), mix, whole)
 
-    margins, gradient, loss, curvature = _backward(
-        job, units, bases, steps, length, s.w.shape[2]
+    step = mix.ahead[:, None, None] * ahead + mix.again[:, None, None] * s.last
+    step = step.at[..., d].add(mix.shift[:, None] * intercept)
+    step = lax.optimization_barrier(step)
+    along = step.at[..., d].set(0)
+    slopes = _sides(_along(job, s, units, steps, intercept, mix), job.batch)
+    rise = slopes[:, 0] + l2 * _dot(along, s.w + step)
+    bent = slopes[:, 1] + l2 * _dot(along, along)
+    length = 1 - rise / jnp.maximum(bent, jnp.finfo(s.w.dtype).tiny)
+    length = jnp.minimum(jnp.clip(length, 0.2, 4.0), s.limit)
+    length = jnp.where(s.active & jnp.isfinite(length), length, 0)
+    length = jnp.where(s.restart, 1.0, length).astype(s.w.dtype)
+    mix = jax.tree.map(lambda own: length * own, mix)
+    step = length[:, None, None] * step
+
+    margins, moves, gradient, loss, curvature = _backward(
+        job, s, units, steps, intercept, mix
     )
-    step = length[:, None, None] * direction
     w = jnp.where(s.restart, s.w, s.w + step)
     penalised = w.at[..., d].set(0)
     objective = _sides(loss, job.batch) + 0.5 * l2 * _dot(penalised, penalised)
@@ -401,23 +486,9 @@ def _iterate(job: _Job, s: _State) -> _State:
 
     # A step is kept if it ends before the minimum along it, or does not climb.
     noise = 32 * jnp.finfo(w.dtype).eps * jnp.abs(s.objective)
-    before = length * _dot(gradient, direction) <= 0
-    kept = before | (objective <= s.objective + noise)
+    kept = (_dot(gradient, step) <= 0) | (objective <= s.objective + noise)
     kept = (kept & jnp.isfinite(objective)) | s.restart
     moved = s.active & kept
-
-    # The pair of L-BFGS, written over the oldest.
-    change = gradient - s.gradient
-    along = _dot(step, change)
-    paired = moved & (along > 0) & ~s.restart
-    newest = jnp.where(s.restart, s.newest, (s.newest + 1) % MEMORY)
-
-    def pushed(pairs, new, where):
-        new = jnp.where(where, new, pairs[newest])
-        return lax.dynamic_update_index_in_dim(pairs, new, newest, 0)
-
-    inverse = pushed(s.inverse, 1 / jnp.where(paired, along, 1), paired)
-    inverse = jnp.where(downhill | s.restart, inverse, 0)  # forget a bad memory
 
     pick = moved[:, None, None]
     gradient = jnp.where(pick, gradient, s.gradient)
@@ -437,14 +508,11 @@ def _iterate(job: _Job, s: _State) -> _State:
         objective=objective,
         curvature=curvature,
         gap=gap,
+        last=jnp.where(pick & ~s.restart & ~ends, step, 0),
         margins=margins,
-        steps=steps,
-        undo=jnp.where(s.active & ~kept, length, 0),
+        moves=moves,
+        rejected=s.active & ~kept,
         limit=jnp.where(kept, jnp.inf, 0.25 * length).astype(w.dtype),
-        moves=pushed(s.moves, step, paired[:, None, None]),
-        changes=pushed(s.changes, change, paired[:, None, None]),
-        inverse=inverse,
-        newest=newest,
         active=jnp.where(ends, job.real & (iterations < job.max_iterations), active),
         best=jnp.where(ends, jnp.inf, jnp.minimum(gap, s.best)),
         patience=jnp.where(ends, PATIENCE, patience),
@@ -468,25 +536,15 @@ def _sides(values: Array, batch: batching.Batch) -> Array:
 
 
 def _direction(s: _State, basis: Basis, l2, d: int) -> Float[Array, "p k D"]:
-    """Minus the inverse Hessian of L-BFGS times the gradient."""
-    order = [(s.newest - j) % MEMORY for j in range(MEMORY)]
-    q = -s.gradient
-    taken = []
-    for j in order:
-        a = s.inverse[j] * _dot(s.moves[j], q)
-        q = lax.optimization_barrier(q - a[:, None, None] * s.changes[j])
-        taken.append(a)
+    """Minus the gradient times about the inverse Hessian."""
     curvature = s.curvature[..., None]
     flat = 1 / (l2[:, None, None] + curvature * basis.tail)
     top = 1 / (l2[:, None, None] + curvature * basis.variances) - flat
-    floor = jnp.finfo(q.dtype).eps
-    intercept = q[..., d] / jnp.maximum(s.curvature, floor)
-    inner = exact_product(q, basis.directions) * top
-    q = (flat * q + exact_product(inner, basis.directions.T)).at[..., d].set(intercept)
-    for j, a in zip(order[::-1], taken[::-1]):
-        b = s.inverse[j] * _dot(s.changes[j], q)
-        q = lax.optimization_barrier(q + (a - b)[:, None, None] * s.moves[j])
-    return q
+    inner = exact_product(s.gradient, basis.directions) * top
+    by_weights = flat * s.gradient + exact_product(inner, basis.directions.T)
+    floor = jnp.finfo(by_weights.dtype).eps
+    by_intercept = s.gradient[..., d] / jnp.maximum(s.curvature, floor)
+    return -by_weights.at[..., d].set(by_intercept)
 
 
 def _gap(gradient, curvature, l2, reach, d: int) -> Float[Array, " p"]:
