@@ -14,7 +14,7 @@ from .problems import Problems, Tile, label_dtype
 COLUMNS = 64  # of one product, so that no rows x problems array of floats exists
 PROBLEMS = 512  # of one batch: bounds the solver's state
 BATCH_ROWS = 4096  # groups of problems smaller than this share a batch
-BLOCK_ROWS = 512  # a block, its margins and its residuals stay in cache
+BLOCK_ROWS = 1024  # a block, its margins and its residuals stay in cache
 PAIRS = 1536  # of rows, whose differences estimate the covariance
 
 

@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import batching
 
-RANK = 64  # of the covariance in the preconditioner
+RANK = 56  # of the covariance in the preconditioner
+SPAN = 64  # of the search for it; LAPACK wakes threads for more, a hundred times slower
 SAMPLE_GAP = 0.01  # relative bound at which the phase on a sample of the rows ends
 SAMPLE_ITERATIONS = 30  # and the iterations after which it ends in any case
 PATIENCE = 25  # iterations without a better bound after which a problem is given up
@@ -125,11 +126,11 @@ def covariance_basis(
     difference = rows_of(x, pairs[0]).astype(dtype) - rows_of(x, pairs[1]).astype(dtype)
     m, d = difference.shape
     covariance = exact_product(difference.T, difference) / (2 * m)
-    if d <= RANK + 32:
+    if d <= SPAN:
         variances, directions = jnp.linalg.eigh(covariance)
         tail = jnp.zeros((), dtype)
     else:
-        span = jax.random.normal(jax.random.key(0), (d, RANK + 16), dtype)
+        span = jax.random.normal(jax.random.key(0), (d, SPAN), dtype)
         for _ in range(3):  # subspace iteration: a preconditioner may be rough
             span = _orthonormal(exact_product(covariance, span))
         inner = exact_product(span.T, exact_product(covariance, span))
