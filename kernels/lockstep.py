@@ -354,7 +354,7 @@ class _Mix(NamedTuple):
 
 def _forward(job: _Job, s: _State, units: _Units, ahead, intercept):
     """Margins `[b, c, k, r]` of the weights `ahead`, and second derivatives of the
-    losses: by pairs of the directions of `_Mix`, `[[t, c, 1], [t, c, 2], [t, c, 3]]`.
+    losses, `[t, c, 6]`: by pairs (0, 0), (1, 0), (1, 1), ... of the parts of `_Mix`.
     """
 
     def one(i, carry):
@@ -366,15 +366,13 @@ def _forward(job: _Job, s: _State, units: _Units, ahead, intercept):
         base, moves = _stand(s, block, problems)
         _, _, p = _losses(base, labels, weights)
         shift = jnp.broadcast_to(_by_column(intercept, problems)[..., None], step.shape)
-        sums = _bend(p, weights, [shift, step, moves])
-        sums = [jnp.stack(row, axis=1) for row in sums]
+        sums = sum(_bend(p, weights, [shift, step, moves]), [])
         return (
             lax.dynamic_update_index_in_dim(steps, step, block, 0),
-            [_added(row, tile, own) for row, own in zip(bend, sums)],
+            _added(bend, tile, jnp.stack(sums, axis=1)),
         )
 
-    shape, dtype = job.batch.problem.shape, ahead.dtype
-    bend = [jnp.zeros((*shape, n), dtype) for n in (1, 2, 3)]
+    bend = jnp.zeros((*job.batch.problem.shape, 6), ahead.dtype)
     count = jnp.where(jnp.any(ahead != 0), units.count, 0)
     return lax.fori_loop(0, count, one, (jnp.zeros_like(s.margins), bend))
 
@@ -466,15 +464,15 @@ def _iterate(job: _Job, s: _State) -> _State:
     intercept = direction[..., d]
     steps, bend = _forward(job, s, units, ahead, intercept)
     again = s.last.at[..., d].set(0)
-    bend = [list(_sides(row, job.batch).T) for row in bend]
+    bend = list(_sides(bend, job.batch).T)
+    bend = [bend[:1], bend[1:3], bend[3:]]
     bend[1][1] += l2 * _dot(ahead, ahead)
     bend[2][1] += l2 * _dot(ahead, again)
     bend[2][2] += l2 * _dot(again, again)
     slope = [jnp.sum(s.gradient[..., d] * intercept, axis=1)]
     slope += [_dot(s.gradient, ahead), _dot(s.gradient, s.last)]
-    mix = _Mix(*_minimiser(bend, slope))
-    whole = _Mix(*jnp.broadcast_to(jnp.array([[1], [1], [0]]), (3, len(l2))))
-    mix = jax.tree.map(lambda own, all_: jnp.where(s.restart, all_, own), mix, whole)
+    whole = zip((1, 1, 0), _minimiser(bend, slope))  # after a restart, all of it
+    mix = _Mix(*[jnp.where(s.restart, one, own) for one, own in whole])
 
     step = mix.ahead[:, None, None] * ahead + mix.again[:, None, None] * s.last
     step = step.at[..., d].add(mix.shift[:, None] * intercept)
