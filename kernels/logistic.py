@@ -80,7 +80,7 @@ def fit_logistic(
     layers, n = (x.shape[0] if x.ndim == 3 else 1), x.shape[-2]
     starts = _starts(start, problems.count, outputs, layers, x.shape[-1], dtype)
     _check_finite(x)
-    problems, used = _numbered_by_use(problems, x.shape[-1])
+    problems, used = _numbered_by_use(problems, *x.shape[-2:])
     packed = batching.pack(problems)
     order = _places(packed)
     if mesh is not None:
@@ -287,9 +287,14 @@ def _begin(begin, ids, rotation, size):
     return weights[ids], intercepts[ids]
 
 
-def _numbered_by_use(problems: Problems, d: int) -> tuple[Problems, np.ndarray | None]:
+def _numbered_by_use(
+    problems: Problems, n: int, d: int
+) -> tuple[Problems, np.ndarray | None]:
     """With fewer rows in use than features: the rows, and problems that count those."""
-    used = np.unique(np.concatenate([tile.rows for tile in problems.tiles]))
+    seen = np.zeros(n, bool)
+    for tile in problems.tiles:
+        seen[tile.rows] = True
+    used = np.flatnonzero(seen)
     if len(used) >= d:
         return problems, None
     tiles = [t._replace(rows=np.searchsorted(used, t.rows)) for t in problems.tiles]
