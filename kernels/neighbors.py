@@ -229,7 +229,8 @@ def csls_neighbors(
         metric="dot",
         implementation=implementation,
     )
-    return found._replace(scores=found.scores - r_x)
+    # Rounding may make scores equal that differed before.
+    return _ordered(found._replace(scores=found.scores - r_x), "dot")
 
 
 def merge_neighbors(a: Neighbors, b: Neighbors, *, metric: str = "cosine") -> Neighbors:
@@ -254,15 +255,19 @@ def merge_neighbors(a: Neighbors, b: Neighbors, *, metric: str = "cosine") -> Ne
 
 
 def mutual_neighbors(
-    forward: Int[ArrayLike, "n k"], backward: Int[ArrayLike, "m k"] | None = None
+    forward: ArrayLike, backward: ArrayLike | None = None
 ) -> Bool[Array, "n k"]:
     """Which neighbours return the favour: j is in i's list and i is in j's.
 
-    `forward` holds indices of keys per query, `backward` indices of queries per key;
-    the same lists when None (all pairs). False at empty slots.
+    `forward` `[n, k]` holds indices of keys per query, `backward` `[m, j]` indices of
+    queries per key; the same lists when None (all pairs). False at empty slots, and
+    where `backward` has no such key.
+
+    Raises:
+      ValueError: an argument has the wrong shape or dtype.
     """
-    forward = jnp.asarray(forward)
-    backward = forward if backward is None else jnp.asarray(backward)
+    forward = _lists("forward", forward)
+    backward = forward if backward is None else _lists("backward", backward)
     if forward.ndim != 2 or backward.ndim != 2:
         raise ValueError(
             "`forward` and `backward` must be lists of neighbours, [n, k];"
@@ -275,17 +280,22 @@ def mutual_neighbors(
 
     def slot(theirs):
         returned = (backward[jnp.maximum(theirs, 0)] == me).any(axis=1)
-        return returned & (theirs >= 0)
+        return returned & (theirs >= 0) & (theirs < len(backward))
 
     return lax.map(slot, forward.T).T
 
 
-def k_occurrence(indices: Int[ArrayLike, "n k"], keys: int) -> Int[Array, " m"]:
-    """In how many neighbour lists each of `keys` keys appears: N_k of the literature.
+def k_occurrence(indices: ArrayLike, keys: int) -> Int[Array, " m"]:
+    """In how many of the lists `indices` `[n, k]` each of `keys` keys appears: N_k.
 
-    Radovanovic et al., Hubs in Space, JMLR 11, 2010. Empty slots count for nobody.
+    Radovanovic et al., Hubs in Space, JMLR 11, 2010. Empty slots count for nobody, nor
+    do indices that are no key's.
+
+    Raises:
+      ValueError: an argument has the wrong dtype or value.
     """
-    flat = jnp.asarray(indices).reshape(-1)
+    _check_count("keys", keys, 0)
+    flat = _lists("indices", indices).reshape(-1)
     # A negative index would count from the end; one past the end is dropped.
     slots = jnp.where(flat < 0, keys, flat)
     return jnp.zeros(keys, jnp.int32).at[slots].add(1, mode="drop")
@@ -315,10 +325,23 @@ def _matrix(name: str, x: ArrayLike) -> Any:
     return matrix
 
 
+def _lists(name: str, indices: Any) -> Int[Array, "..."]:
+    found = jnp.asarray(indices)
+    if found.size and not jnp.issubdtype(found.dtype, jnp.integer):
+        raise ValueError(f"`{name}` must be integers; got {found.dtype}.")
+    return found.astype(jnp.int32)
+
+
+def _check_count(name: str, count: int, least: int) -> None:
+    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if not whole or count < least:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}; got {count!r}."
+        )
+
+
 def _check(k: int, metric: str, name: str = "k") -> None:
-    whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
-    if not whole or k < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1; got {k!r}.")
+    _check_count(name, k, 1)
     pairs.check_metric(metric)
 
 
@@ -332,12 +355,17 @@ def _scored(queries, keys, indices, metric) -> Neighbors:
     return _ordered(Neighbors(scores, indices), metric)
 
 
+def _nobody(n: int, k: int) -> Neighbors:
+    return Neighbors(
+        jnp.full((n, k), jnp.nan, jnp.float32), jnp.full((n, k), -1, jnp.int32)
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("k", "metric"))
 def _traced(queries, keys, excluded, *, k, metric):
     n, m = queries.shape[0], keys.shape[0]
     if n == 0 or m == 0:
-        nothing = jnp.full((n, k), jnp.nan), jnp.full((n, k), -1, jnp.int32)
-        return Neighbors(*nothing), Proof(jnp.zeros(n, bool))
+        return _nobody(n, k), Proof(jnp.zeros(n, bool))
     sides = pairs.prepare(queries, keys, metric)
     found = topk.search(*sides, excluded, k=k, metric=metric)
     return _scored(*sides, found.indices, metric), Proof(found.unproved)
@@ -362,10 +390,7 @@ def _traced_cross(a, b, best_a, best_b, *, k, metric, named):
 @functools.partial(jax.jit, static_argnames=("k", "metric"))
 def _traced_both(a, b, *, k, metric):
     if a.shape[0] == 0 or b.shape[0] == 0:
-        return tuple(
-            Neighbors(jnp.full((n, k), jnp.nan), jnp.full((n, k), -1, jnp.int32))
-            for n in (a.shape[0], b.shape[0])
-        )
+        return _nobody(a.shape[0], k), _nobody(b.shape[0], k)
     x, y = pairs.prepare(a, b, metric, one_scale=True)
     of_a, of_b = topk.search_both(x, y, k=k, metric=metric)
     return _scored(x, y, of_a.indices, metric), _scored(y, x, of_b.indices, metric)

@@ -186,6 +186,7 @@ def _exponent(x: Float[Array, "n d"], axis: int | None) -> Int[Array, "..."]:
 
 
 def _finite(x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Bool[Array, " n"]]:
-    """`x` in float32 with zeros for rows that are not finite, and which are."""
+    """`x` in float32 with zeros for rows that are not finite there, and which are."""
+    x = x.astype(jnp.float32)
     finite = jnp.isfinite(x).all(axis=1)
-    return jnp.where(finite[:, None], x, 0).astype(jnp.float32), finite
+    return jnp.where(finite[:, None], x, 0), finite

@@ -41,11 +41,19 @@ def neighbors(queries, keys, k, metric, excluded=None):
 
 
 def csls(queries, keys, neighborhood):
-    """`[n, m]`: 2 cos - r - r, the means over at most `neighborhood` neighbours."""
+    """`[n, m]`: 2 cos - r - r, the means over at most `neighborhood` neighbours; NaN
+    where a row or key is invalid."""
     cos = closeness(queries, keys, "cosine")
-    r_x = np.sort(cos, axis=1)[:, ::-1][:, :neighborhood].mean(axis=1, keepdims=True)
-    r_y = np.sort(cos, axis=0)[::-1][:neighborhood].mean(axis=0, keepdims=True)
-    return 2 * cos - r_x - r_y
+    valid = ~np.isnan(cos)
+
+    def crowding(axis):
+        near = np.sort(np.where(valid, -cos, np.inf), axis=axis)
+        near = np.take(near, np.arange(min(neighborhood, near.shape[axis])), axis)
+        there = np.isfinite(near)
+        total = -np.where(there, near, 0).sum(axis=axis, keepdims=True)
+        return total / np.maximum(there.sum(axis=axis, keepdims=True), 1)
+
+    return 2 * cos - crowding(1) - crowding(0)
 
 
 def logistic_objective(x, labels, weights, intercepts, l2, sample_weight=1.0):

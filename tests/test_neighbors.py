@@ -576,15 +576,66 @@ def test_streaming_refuses_a_trace_and_says_why():
         jax.jit(find)(x)
 
 
-def test_csls_matches_its_definition(rng):
-    queries, keys = (rng.normal(size=(n, 6)).astype(np.float32) for n in (40, 70))
-    found = kernels.csls_neighbors(queries, keys, k=5, neighborhood=10)
-    expected = oracles.csls(queries, keys, 10)
-    order = np.argsort(-expected, axis=1)[:, :5]
-    np.testing.assert_array_equal(found.indices, order)
-    np.testing.assert_allclose(
-        found.scores, np.take_along_axis(expected, order, axis=1), atol=2e-6
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("k, m", [(5, 70), (90, 70), (3, 0)])
+def test_csls_matches_its_definition(rng, implementation, k, m):
+    """With copies, keys that are no numbers, and fewer keys than are asked for."""
+    queries, keys = (rng.normal(size=(n, 6)).astype(np.float32) for n in (40, m))
+    queries[3], queries[4, 2], queries[10:25] = 0, np.nan, queries[9]
+    if m:
+        keys[5], keys[6, 1], keys[7, 0] = 0, np.nan, np.inf
+        keys[20:50] = keys[1]
+    found = kernels.csls_neighbors(
+        queries, keys, k=k, neighborhood=10, implementation=implementation
     )
+    scores, indices = (np.asarray(part) for part in found)
+    expected = oracles.csls(queries, keys, 10)
+    order = np.argsort(-expected, axis=1)[:, :k]  # NaN last
+    best = np.full((40, k), np.nan)
+    best[:, : order.shape[1]] = np.take_along_axis(expected, order, axis=1)
+    np.testing.assert_array_equal(indices < 0, np.isnan(best))
+    # Sums of three cosines of 6 products each, in float32.
+    np.testing.assert_allclose(scores, best, atol=2e-6)
+    if m:
+        theirs = np.take_along_axis(expected, np.maximum(indices, 0), axis=1)
+        theirs = np.where(indices < 0, np.nan, theirs)
+        np.testing.assert_allclose(theirs, best, atol=2e-6)
+    assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in indices)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_equal_csls_scores_go_to_the_lower_index(rng, implementation):
+    """Taking the query's own crowding away makes scores equal that differed."""
+    queries = rng.normal(size=(64, 2)).astype(np.float32)
+    # Hundreds of keys within a narrow angle, whose scores lie close together.
+    angle = 1e-3 * rng.normal(size=800)
+    keys = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    scores, indices = map(
+        np.asarray,
+        kernels.csls_neighbors(
+            queries, keys, k=800, neighborhood=3, implementation=implementation
+        ),
+    )
+    equal = scores[:, :-1] == scores[:, 1:]
+    assert equal.any() and (scores[:, :-1] >= scores[:, 1:]).all()
+    assert (indices[:, :-1] < indices[:, 1:])[equal].all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_float64_beyond_float32_is_not_finite(float64, metric, implementation):
+    """Where JAX keeps float64: rows are rounded first, and then looked at."""
+    knobs = {"k": 2, "metric": metric, "implementation": implementation}
+    x = np.array([[1e39, 0], [1, 0], [0, 1], [1, 1]])
+    found = kernels.all_pairs_neighbors(x, **knobs)
+    beyond = np.array([[np.nan, 0], [1, 0], [0, 1], [1, 1]])
+    assert_same(found, beyond, beyond, 2, metric, excluded=np.arange(4))
+    assert (np.asarray(found.indices) >= 0).sum() == 6
+    for a, b in ((x[1:], x[:0]), (x[:0], x[1:])):
+        lists = kernels.cross_neighbors(a, b, **knobs)
+        for scores, indices in (*lists, kernels.nearest_neighbors(a, b, **knobs)):
+            assert scores.dtype == np.float32 and indices.dtype == np.int32
+            assert np.isnan(scores).all() and (indices == -1).all()
 
 
 def test_mutual_neighbors_and_k_occurrence_on_paper():
@@ -593,6 +644,31 @@ def test_mutual_neighbors_and_k_occurrence_on_paper():
     assert kernels.mutual_neighbors(forward).tolist() == expected
     assert kernels.mutual_neighbors(forward[:2], forward).tolist() == expected[:2]
     assert kernels.k_occurrence(forward, 5).tolist() == [2, 2, 2, 1, 0]
+    # 9 is no key and 200 no query: nobody returns their favour.
+    odd = np.array([[5, 1], [0, 9]])
+    assert kernels.mutual_neighbors(odd).tolist() == [[False, True], [True, False]]
+    assert kernels.mutual_neighbors(np.full((300, 1), 7, np.int8)).sum() == 1
+    assert kernels.k_occurrence(odd, 2).tolist() == [1, 1]
+    assert kernels.k_occurrence(np.array([]), 2).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "function, arguments, message",
+    [
+        (kernels.mutual_neighbors, (np.array([[0.5]]),), "`forward`.*integers.*float"),
+        (
+            kernels.mutual_neighbors,
+            (np.array([[0]]), np.array([[0.5]])),
+            "`backward`.*integers.*float",
+        ),
+        (kernels.mutual_neighbors, (np.array([0]),), r"`forward`.*\(1,\)"),
+        (kernels.k_occurrence, (np.array([[0.5]]), 2), "`indices`.*integers.*float"),
+        (kernels.k_occurrence, (np.array([[0]]), -1), "`keys`.*at least 0.*-1"),
+    ],
+)
+def test_lists_that_are_none_are_refused(function, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
 
 
 @pytest.mark.parametrize(

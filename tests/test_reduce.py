@@ -103,15 +103,43 @@ def test_no_keys_is_the_neutral_element(sides):
 
 def test_large_scores_neither_overflow_nor_lose_the_variance(sides):
     queries, keys = sides
-    keys = keys + 0 * keys
     queries = np.concatenate([queries, np.full((N, 1), 1e4, np.float32)], axis=1)
     keys = np.concatenate([keys, np.ones((M, 1), np.float32)], axis=1)
     found = kernels.reduce_scores(queries, keys, kernels.moments(), tile=32)
     scores = (queries.astype(np.float64) @ keys.astype(np.float64).T) - 1e4
     p = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     entropy = -(p * np.log(p)).sum(axis=1)
-    # Scores near 1e4 are rounded to 5e-4 each.
+    mean = (p * scores).sum(axis=1, keepdims=True)
+    variance = (p * (scores - mean) ** 2).sum(axis=1)
+    # Scores near 1e4 are rounded to 5e-4 each; their spread is about 2.
     np.testing.assert_allclose(found.entropy, entropy, atol=5e-3)
+    np.testing.assert_allclose(found.variance, variance, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_inputs_lose_nothing_more(sides, dtype):
+    queries, keys = (jnp.asarray(side, dtype) for side in sides)
+    found = kernels.reduce_scores(
+        queries, keys, reducers(np.random.default_rng(1)), tile=64
+    )
+    rounded = (np.asarray(side.astype(jnp.float32)) for side in (queries, keys))
+    assert_close(found, dense(np.random.default_rng(1), *rounded))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_row_that_is_no_number_spoils_no_other(sides, number):
+    """Its own results are no numbers, at any tiling; all others are as without it."""
+    queries, keys = sides
+    odd = queries.copy()
+    odd[4, 2] = number
+    each = (kernels.log_sum_exp(), kernels.moments())
+    whole = kernels.reduce_scores(queries, keys, each)
+    for tile in (16, M):
+        found = kernels.reduce_scores(odd, keys, each, tile=tile)
+        for part, expected in zip(jax.tree.leaves(found), jax.tree.leaves(whole)):
+            assert not np.isfinite(part[4])
+            others = np.arange(N) != 4
+            np.testing.assert_allclose(part[others], expected[others], rtol=2e-5)
 
 
 def test_devices_are_a_merge_over_the_mesh(sides):
