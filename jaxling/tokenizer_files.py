@@ -12,18 +12,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 # As transformers names them for the families that are handled.
-_OWN = (
+_VOCABULARIES = (
     "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
     "tokenizer.model",
+)
+_OWN = (
+    *_VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
 )
 FILES = (*_OWN, "config.json")  # whose model_type may be all that names a class
 _LARGEST_ID = 2**24  # no vocabulary is near it; a damaged file may name any number
@@ -233,6 +236,12 @@ def _added(content: Any, path: pathlib.Path) -> dict[str, int]:
 
 def _by_transformers(folder: pathlib.Path) -> Any:
     """Any other tokenizer, made by transformers from local files alone."""
+    # Where no file holds tokens, transformers makes up a tokenizer of a few.
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise ValueError(
+            f"{folder} holds no tokenizer: none of the files {', '.join(_VOCABULARIES)}"
+            " is there."
+        )
     import transformers
 
     try:

@@ -247,10 +247,13 @@ def test_a_damaged_file_is_named_in_one_error(tmp_path, content):
         load_vocabulary(tmp_path)
 
 
-def test_a_folder_without_tokenizer_is_an_error(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no tokenizer"):
-        load_vocabulary(tmp_path)
+@pytest.mark.parametrize("config", ["{}", '{"model_type": "gpt2"}'])
+def test_a_folder_without_tokenizer_is_an_error(tmp_path, config):
+    # By the second, transformers would make up a tokenizer of one token.
+    (tmp_path / "config.json").write_text(config)
+    for load in (load_vocabulary, room.load_tokenizer):
+        with pytest.raises(ValueError, match="holds no tokenizer"):
+            load(tmp_path)
 
 
 def test_shared_tokens_are_rows_of_equal_strings(folders):
