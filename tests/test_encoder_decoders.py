@@ -3,6 +3,7 @@
 import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -174,6 +175,33 @@ def test_what_is_saved_transformers_loads_to_the_same_logits(checkpoint, tmp_pat
             np.testing.assert_array_equal(ours.logits, theirs.logits)
 
 
+def test_umt5_as_published_is_scaled_by_transformers_5_and_not_here(tmp_path, build):
+    """Its flag is forced there; the logits differ by that one factor."""
+    path, oracle = build("umt5")
+    inputs = sequences()
+    unchanged = type(oracle).from_pretrained(path, attn_implementation="eager")
+    unchanged.lm_head.weight = oracle.lm_head.weight
+    logits = models.load(path)(**inputs)
+    with torch.no_grad():
+        for row, outputs in enumerate(torch_rows(unchanged, inputs)):
+            real = inputs["decoder_attention_mask"][row].astype(bool)
+            expected = outputs.logits[0] * T5["d_model"] ** 0.5
+            np.testing.assert_allclose(logits[row][real], expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", ["mt5", "mbart-untied"])
+def test_an_unembedding_of_its_own_must_be_there(case, tmp_path, build):
+    def without(whole):
+        return {k: v for k, v in whole.items() if k != "lm_head.weight"}
+
+    path = rewritten(build(case)[0], tmp_path, without)
+    written = json.loads((path / "config.json").read_text())
+    written["tie_word_embeddings"] = False
+    (path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(CheckpointError, match="missing tensors: lm_head.weight"):
+        models.load(path)
+
+
 ONE_OF_EACH = pytest.mark.parametrize(
     "case", [name for name, case in CASES.items() if name == case["model_type"]]
 )
@@ -231,6 +259,21 @@ def test_a_generation_goes_on_from_given_tokens(build):
     np.testing.assert_array_equal(found[:, :2], given)
     logits = model(tokens, mask, decoder_tokens=found[:, :-1])
     np.testing.assert_array_equal(found[:, 2:], logits.argmax(-1)[:, 1:])
+
+
+def test_samples_follow_the_probabilities(build):
+    path, _ = build("t5")
+    model = models.load(path)
+    tokens, start = np.full((2000, 3), 7), np.zeros((2000, 1), int)
+    logits = model(tokens[:1], decoder_tokens=start[:1])[0, -1]
+    share = np.exp(logits / 0.5 - np.logaddexp.reduce(np.asarray(logits / 0.5)))
+    found = models.generate(
+        model, tokens, max_new_tokens=1, temperature=0.5, key=jax.random.key(0)
+    )
+    draws = np.bincount(np.asarray(found)[:, -1], minlength=101) / 2000
+    # Five standard deviations of a share of 2000 draws.
+    np.testing.assert_allclose(draws, share, atol=5 * 0.5 / np.sqrt(2000))
+    assert 0.5 * np.abs(draws - share).sum() < 0.5 * np.abs(1 / 101 - share).sum()
 
 
 def test_old_files_store_the_tied_matrix_up_to_four_times(tmp_path, build):

@@ -51,6 +51,9 @@ CASES = {
     ),
     "xlm-roberta-headless": dict(model_type="xlm-roberta"),
     "xlm-roberta-xl": dict(model_type="xlm-roberta-xl", type_vocab_size=1),
+    "xlm-roberta-xl-odd-heads": dict(
+        model_type="xlm-roberta-xl", hidden_size=40, num_attention_heads=5
+    ),
 }
 
 
@@ -244,6 +247,15 @@ def test_repositories_of_a_family_differ_in_names(tmp_path, build):
     assert "bert.encoder.layer.2.output.dense.bias has shape [47]" in message
 
 
+def test_an_unembedding_of_its_own_must_be_there(tmp_path, build):
+    def without(whole):
+        return {k: v for k, v in whole.items() if not k.endswith("decoder.weight")}
+
+    path, _ = build("bert-untied-odd-heads")
+    with pytest.raises(CheckpointError, match="missing tensors: .*decoder.weight"):
+        models.load(rewritten(path, tmp_path, without))
+
+
 @pytest.mark.parametrize(
     "change, problem",
     [
@@ -274,6 +286,8 @@ def test_inputs_that_do_not_fit(build):
         model(np.full((1, 4), 5), token_type_ids=np.full((1, 4), 2))
     with pytest.raises(ValueError, match="must have the shape of the tokens"):
         model(np.full((1, 4), 5), segment_ids=np.full((1, 3), 0))
+    with pytest.raises(ValueError, match="`token_type_ids` must be integers"):
+        model(np.full((1, 4), 5), token_type_ids=np.zeros((1, 4)))
     with pytest.raises(ValueError, match="does not generate"):
         models.generate(model, np.full((1, 4), 5), max_new_tokens=2)
 

@@ -73,6 +73,11 @@ CASES = {
         model_type="llama",
         rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=2.5),
     ),
+    "llama-dynamic": dict(
+        SIZES,
+        model_type="llama",
+        rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=2.0),
+    ),
     "mistral": dict(SIZES, model_type="mistral", sliding_window=5),
     "qwen2": dict(
         MULTI_HEAD,
@@ -110,6 +115,15 @@ CASES = {
         n_layer=3,
         n_head=5,
     ),
+    "gpt2-untied": dict(
+        model_type="gpt2",
+        vocab_size=101,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        tie_word_embeddings=False,
+    ),
     "gpt_neox": dict(
         MULTI_HEAD,
         model_type="gpt_neox",
@@ -120,8 +134,22 @@ CASES = {
     "gpt_neox-sequential": dict(
         MULTI_HEAD, model_type="gpt_neox", use_parallel_residual=False
     ),
+    "gpt_neox-tied-no-bias": dict(
+        MULTI_HEAD,
+        model_type="gpt_neox",
+        tie_word_embeddings=True,
+        attention_bias=False,
+    ),
     "bloom": dict(
         model_type="bloom", vocab_size=101, hidden_size=35, n_layer=3, n_head=5
+    ),
+    "bloom-untied": dict(
+        model_type="bloom",
+        vocab_size=101,
+        hidden_size=32,
+        n_layer=2,
+        n_head=4,
+        tie_word_embeddings=False,
     ),
     "xglm": dict(
         model_type="xglm",
@@ -131,6 +159,16 @@ CASES = {
         ffn_dim=56,
         num_layers=3,
         attention_heads=5,
+    ),
+    "xglm-untied": dict(
+        model_type="xglm",
+        vocab_size=101,
+        max_position_embeddings=64,
+        d_model=32,
+        ffn_dim=56,
+        num_layers=2,
+        attention_heads=4,
+        tie_word_embeddings=False,
     ),
 }
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxling import models
 from jaxling.checkpoints import CheckpointError
-from jaxling.models import conversion, generation, model
+from jaxling.models import conversion, generation, model, positions
 
 CONFIG = dict(
     model_type="llama",
@@ -182,6 +182,11 @@ def test_some_layers_are_no_stack(llama, tokens):
         cache["nonsense"]
 
 
+def test_a_predicate_that_chooses_nothing_is_an_error(llama, tokens):
+    with pytest.raises(ValueError, match="what the predicate chooses; it has hook_emb"):
+        llama.run_with_cache(tokens, names_filter=lambda name: name == "resid_pots")
+
+
 @pytest.mark.parametrize("name", ["blocks.4.hook_resid_post", "resid_pots", "blocks."])
 def test_a_name_that_matches_nothing_is_an_error(llama, tokens, name):
     with pytest.raises(ValueError, match="No activation of this model is called"):
@@ -305,6 +310,30 @@ def test_a_vector_in_a_partial_compiles_nothing_new(llama, tokens):
     assert model._forward._cache_size() == compiled
 
 
+def test_a_method_sees_what_its_object_has_become(llama, tokens):
+    class Steering:
+        size, layer = 0.0, 0
+
+        def add(self, x):
+            return x + self.size
+
+        def chosen(self, name):
+            return name == f"blocks.{self.layer}.hook_resid_post"
+
+    steering = Steering()
+    hooks = {"blocks.0.hook_resid_post": steering.add}
+    first, kept = llama.run_with_cache(
+        tokens, hooks=hooks, names_filter=steering.chosen
+    )
+    assert set(kept) == {"blocks.0.hook_resid_post"}
+    steering.size, steering.layer = 1.0, 1
+    found, kept = llama.run_with_cache(
+        tokens, hooks=hooks, names_filter=steering.chosen
+    )
+    assert np.abs(found - first).max() > 0
+    assert set(kept) == {"blocks.1.hook_resid_post"}
+
+
 def test_a_hook_keeps_the_shape(llama, tokens):
     with pytest.raises(ValueError, match="must return the shape it was given"):
         llama.run_with_hooks(tokens, hooks={"hook_embed": lambda x: x[:, :1]})
@@ -347,6 +376,29 @@ def test_packed_documents_do_not_see_each_other(llama, tokens):
     )
 
 
+def test_padding_within_packed_documents_takes_no_position(llama, tokens):
+    packed = tokens.reshape(1, 18)
+    segments = np.repeat([[5, 2]], 9, axis=1)
+    expected = llama(packed, segment_ids=segments)
+    mask = np.ones((1, 22), int)
+    mask[:, [0, 11, 12, 21]] = 0  # before, and first and last in a document
+    real = mask[0] == 1
+    spread, kinds = np.full((1, 22), 63), np.full((1, 22), 2)
+    spread[:, real] = packed
+    kinds[:, :11] = 5
+    kinds[:, 11:] = 2
+    kinds[:, real] = segments
+    found = llama(spread, mask, segment_ids=kinds)
+    np.testing.assert_allclose(found[:, real], expected, atol=2e-6)
+
+
+def test_positions_begin_anew_at_the_first_real_token_of_a_document():
+    mask = jnp.array([[1, 1, 0, 1, 1]])
+    segments = jnp.array([[0, 0, 1, 1, 1]])
+    found = positions.positions_of(mask, segments)
+    np.testing.assert_array_equal(found, [[0, 1, 0, 0, 1]])
+
+
 @pytest.mark.parametrize(
     "tokens, mask, extra, message",
     [
@@ -369,12 +421,24 @@ def test_packed_documents_do_not_see_each_other(llama, tokens):
             {},
             "real position in every row; row 1 has none",
         ),
+        (
+            np.zeros((1, 3), int),
+            [[-np.inf, 0, 0]],
+            {},
+            "1 at real positions and 0 at padding; got -inf",
+        ),
         (np.zeros((1, 5), int), None, {"dtype": "int8"}, "one of floats.*; got 'int8'"),
         (
             np.zeros((1, 5), int),
             None,
             {"segment_ids": np.zeros((5, 1), int)},
             "`segment_ids` must have",
+        ),
+        (
+            np.zeros((1, 5), int),
+            None,
+            {"segment_ids": np.zeros((1, 5))},
+            "`segment_ids` must be integers; got float",
         ),
     ],
 )
@@ -452,6 +516,16 @@ def test_a_sequence_ends_with_its_end_token(llama, tokens):
         assert (row[first:] == end).all()
 
 
+def test_a_sequence_ends_with_the_first_of_several_end_tokens(llama, tokens):
+    plain = np.asarray(models.generate(llama, tokens, max_new_tokens=8))[:, 9:]
+    ends = [int(plain[0, 5]), int(plain[1, 2]), int(plain[0, 3])]
+    found = models.generate(llama, tokens, max_new_tokens=8, eos_token=ends)
+    for row, free in zip(np.asarray(found)[:, 9:], plain):
+        first = int(np.flatnonzero(np.isin(free, ends))[0])
+        np.testing.assert_array_equal(row[: first + 1], free[: first + 1])
+        assert (row[first + 1 :] == ends[0]).all()
+
+
 def test_a_generation_is_compiled_once_for_its_shapes(llama, tokens):
     def run(tokens, temperature, seed):
         knobs = dict(max_new_tokens=3, temperature=temperature, top_p=1 - temperature)
@@ -504,6 +578,10 @@ def test_the_nucleus_keeps_the_likeliest():
         (dict(max_new_tokens=1, temperature=-1.0), "negative"),
         (dict(max_new_tokens=1, temperature=1.0), "needs a `key`"),
         (dict(max_new_tokens=1, top_p=0.0), r"\(0, 1\]"),
+        (dict(max_new_tokens=1, eos_token=64), r"`eos_token` .* \[0, 64\); got 64"),
+        (dict(max_new_tokens=1, eos_token=[1, -1]), "`eos_token` .* got -1"),
+        (dict(max_new_tokens=1, eos_token=[]), "`eos_token` must be ids"),
+        (dict(max_new_tokens=1, eos_token=1.5), "`eos_token` must be ids; got 1.5"),
         (dict(max_new_tokens=1, decoder_tokens=[[1]]), "encoder-decoders only"),
     ],
 )
@@ -630,6 +708,20 @@ def test_parameters_are_floats(saved, dtype):
         models.build(CONFIG, jax.random.key(0), dtype=dtype)
 
 
+def test_files_of_several_dtypes_are_read_into_one_that_holds_all(
+    llama, saved, tmp_path, tokens
+):
+    half = models.load(saved, dtype="bfloat16")
+    models.save(half, tmp_path)
+    wide = {
+        f"model.layers.{layer}.mlp.down_proj.weight": np.asarray(kernel.T, np.float32)
+        for layer, kernel in enumerate(llama.decoder.blocks.mlp.down.kernel[...])
+    }
+    found = models.load(rewritten(tmp_path, tmp_path, tensors=wide))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    assert np.isfinite(found(tokens)).all()
+
+
 def test_bfloat16_is_saved_as_it_is(llama, saved, tmp_path):
     half = models.load(saved, dtype="bfloat16")
     models.save(half, tmp_path)
@@ -656,6 +748,10 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
             "unknown tensors: model.layers.4.mlp.up_proj.weight",
         ),
         ({LAYER: np.zeros((32, 48))}, rf"{LAYER} has shape \[32, 48\]"),
+        (
+            {"model.embed_tokens.weight": np.zeros(64 * 32)},
+            r"embed_tokens.weight has shape \[2048\]",
+        ),
         ({LAYER: np.zeros((48, 33))}, r"shape \[48, 33\]"),
         ({LAYER: np.zeros((48, 32), np.int8)}, f"{LAYER} holds int8"),
         ({LAYER[6:]: np.zeros((48, 32))}, "are the same"),

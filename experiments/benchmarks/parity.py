@@ -26,6 +26,11 @@ TESTS = ("test_models.py", "test_encoders.py", "test_encoder_decoders.py")
 # What a test shows, by a part of its name; recorded numbers have columns of their own.
 CLAIMS = {"greedy": "greedy generation", "saved": "saved and loaded by transformers"}
 NUMBERS = ("hidden", "logits", "gradient")
+NOTE = """\
+The logits of umT5 as published (its config says that it is not tied) are those of T5X and of
+transformers 4; the installed transformers forces its flag and scales them by 1/sqrt(d_model). The row
+`umt5` is compared with that flag off, and a test of its own asserts the factor.
+"""  # noqa: E501
 
 
 def measured(report: pathlib.Path) -> dict[str, dict[str, str]]:
@@ -78,6 +83,7 @@ def table(rows: dict[str, dict[str, str]]) -> str:
         " Made by `python -m experiments.benchmarks.parity` with Python\n"
         f"{platform.python_version()}, {versions}.\n\n"
         + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        + f"\n{NOTE}"
     )
 
 

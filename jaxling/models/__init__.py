@@ -95,14 +95,18 @@ def load(
 
     Args:
       path_or_id: a built-in name, a directory, or a hub id; with `revision` of the hub.
-      dtype: of the parameters; tensors are cast while they are read. That of the files
-        where not given.
+      dtype: of the parameters; tensors are cast while they are read. Where not given,
+        the one of the files, or the narrowest that holds all of theirs. T5, mT5 and
+        Gemma were trained in bfloat16 and overflow float16: give them bfloat16.
       mesh: spreads every parameter over these devices, each of which receives its own
         part only. Calls then run on all of them.
 
     Tied embeddings are stored once, whatever the file holds. Where a config ties them
     and the file holds an unembedding of other values, that one is kept, as in
-    transformers 5.
+    transformers 5. Logits of umT5 as published, whose config says that it is not tied,
+    are those of T5X and transformers 4: sqrt(d_model) times those of transformers 5,
+    which forces the flag and scales. Poolers and heads of other tasks are not read,
+    and `save` does not write them.
 
     Raises:
       CheckpointError: an unknown family; unhandled attributes of the config; tensors

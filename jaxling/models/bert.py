@@ -24,13 +24,14 @@ ATTRIBUTES = {
     "max_position_embeddings": 512,
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
+    "tie_word_embeddings": True,
 }
 FIXED = {"position_embedding_type": (None, "absolute")}
 
 # Of the pooler, which no hidden state depends on; old configs of mBERT list its sizes.
 IGNORED = (
     "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
-    "pooler_size_per_head", "pooler_type", "tie_word_embeddings",
+    "pooler_size_per_head", "pooler_type",
 )  # fmt: skip
 
 
@@ -53,6 +54,7 @@ def spec(config: dict[str, Any]) -> Masked:
         length=config["max_position_embeddings"],
         token_types=config["type_vocab_size"],
         head_activation=config["hidden_act"],
+        tied=config["tie_word_embeddings"] is not False,
     )
 
 

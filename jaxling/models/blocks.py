@@ -113,6 +113,8 @@ class Stack(nnx.Module):
 
     def __init__(self, spec: Spec, rngs: nnx.Rngs):
         self.spec = spec
+        for rope in spec.ropes:  # ValueError for heads that it cannot rotate
+            positions.rope_frequencies(rope, spec.head_size)
         self.blocks = Block(spec, rngs)
         self.final_norm = Norm(spec) if spec.final_norm else None
         kind = spec.relative

@@ -31,7 +31,6 @@ IGNORED = (
     "masked_softmax_fusion",
     "n_inner",
     "offset_alibi",
-    "pretraining_tp",
     "seq_length",
     "skip_bias_add",
     "skip_bias_add_qkv",

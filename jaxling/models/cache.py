@@ -238,11 +238,13 @@ class Taps:
         """What was kept.
 
         Raises:
-          ValueError: a name matched no point of the model.
+          ValueError: a name, or the predicate, matched no point of the model.
         """
         asked = set(self._hooks)
         if not callable(self._names):
             asked |= set(self._names)
+        elif not self._arrays:
+            asked.add("what the predicate chooses")
         missed = sorted(asked - self._used)
         if missed:
             known = dict.fromkeys(

@@ -1,6 +1,7 @@
 """From `config.json` to a family's spec: every attribute is understood, or named."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -43,11 +44,8 @@ IGNORED = {
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "mask_token_id",
     "unk_token_id", "cls_token_id", "decoder_start_token_id", "forced_bos_token_id",
     "forced_eos_token_id", "initializer_range", "initializer_factor", "init_std",
-    "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout",
-    "attention_probs_dropout_prob", "activation_dropout", "classifier_dropout",
-    "classifier_dropout_prob", "dropout_rate", "attn_pdrop", "embd_pdrop",
-    "resid_pdrop", "layerdrop", "encoder_layerdrop", "decoder_layerdrop",
-    "finetuning_task", "id2label", "label2id", "num_labels", "problem_type",
+    "finetuning_task", "id2label", "label2id", "num_labels", "_num_labels",
+    "problem_type", "pretraining_tp", "max_sequence_length",
     "task_specific_params", "tokenizer_class", "prefix", "language", "torchscript",
     "output_attentions", "output_hidden_states", "return_dict", "use_return_dict",
     "max_length", "min_length", "num_beams", "length_penalty", "early_stopping",
@@ -55,6 +53,17 @@ IGNORED = {
     "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens",
     "max_new_tokens", "_commit_hash", "directionality", "output_past",
     "cache_implementation", "chunk_size_feed_forward",
+}  # fmt: skip
+
+
+# Of attributes that are usually None, what a value has to be like.
+KINDS = {
+    "num_key_value_heads": 1, "head_dim": 1, "n_inner": 1, "num_decoder_layers": 1,
+    "decoder_start_token_id": 0, "pad_token_id": 0,
+    "clip_qkv": 1.0, "final_logit_softcapping": 1.0, "attn_logit_softcapping": 1.0,
+    "rope_theta": 1.0, "partial_rotary_factor": 1.0,
+    "rope_scaling": {}, "rope_parameters": {}, "layer_types": [],
+    "scale_decoder_outputs": False,
 }  # fmt: skip
 
 
@@ -66,7 +75,7 @@ def read_config(raw: Mapping[str, Any], family: Family, where: str) -> dict[str,
     """All attributes that the family's spec reads, checked.
 
     An attribute that is neither understood nor known to be harmless must be off (None,
-    False or empty), for it may change the mathematics.
+    False or empty), for it may change the mathematics. Nothing is dropped in inference.
 
     Raises:
       CheckpointError: unhandled attributes, values or types; all are named.
@@ -76,7 +85,7 @@ def read_config(raw: Mapping[str, Any], family: Family, where: str) -> dict[str,
         name = family.aliases.get(name, name)
         if name in family.attributes:
             usual = family.attributes[name]
-            if not _of_kind(value, usual):
+            if not _of_kind(value, KINDS.get(name) if usual is None else usual):
                 problems.append(f"{name} is {value!r:.80} (usually {usual!r})")
             elif "layer" in name and isinstance(value, int) and value > MOST_LAYERS:
                 problems.append(f"{name} is {value}, more than {MOST_LAYERS}")
@@ -85,8 +94,8 @@ def read_config(raw: Mapping[str, Any], family: Family, where: str) -> dict[str,
             if value not in family.fixed[name]:
                 allowed = " or ".join(map(repr, family.fixed[name]))
                 problems.append(f"{name} is {value!r:.80}; handled is {allowed}")
-        elif name not in IGNORED and name not in family.ignored:
-            if value not in (None, False) and value != {} and value != []:
+        elif name not in IGNORED and name not in family.ignored and "drop" not in name:
+            if value is not None and value is not False and value not in ({}, [], ""):
                 problems.append(f"{name} = {value!r:.80} is not handled")
     if problems:
         raise CheckpointError(f"{where}: {'; '.join(sorted(problems))}.")
@@ -126,5 +135,5 @@ def _of_kind(value: Any, usual: Any) -> bool:
     if isinstance(usual, int):
         return type(value) is int and value >= min(usual, 1)
     if isinstance(usual, float):
-        return type(value) in (int, float)
+        return type(value) in (int, float) and 0 < value < math.inf
     return isinstance(value, type(usual))

@@ -57,6 +57,10 @@ def load(
     }
     rules = {**OTHER_HEADS, **family.rules(model.spec)}
     plan = _plan(checkpoint, rules, shapes)
+    if dtype is None:  # one of all, for the scan carries the stream from part to part
+        slots = [slot for layers in plan.values() for slot in layers.values()]
+        stored = {checkpoint.dtype(slot.tensor) for slot in slots}
+        dtype = jnp.result_type(*stored)
     filled = []
     for path, variable in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
@@ -158,13 +162,10 @@ def _fill(
     checkpoint: Checkpoint,
     slots: dict[int | None, Slot],
     shape: tuple[int, ...],
-    dtype: DTypeLike | None,
+    dtype: DTypeLike,
     mesh: Mesh | None,
 ) -> jax.Array:
     """One parameter, its layers stacked, cast while it is read."""
-    if dtype is None:
-        stored = [checkpoint.dtype(slot.tensor) for slot in slots.values()]
-        dtype = jnp.result_type(*stored)
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         index = (slice(None),) * len(shape) if index is None else index
@@ -227,7 +228,9 @@ def is_tied(checkpoint: Checkpoint, untied: Rules) -> bool:
         return True
     first = _named(checkpoint, templates["embedding",])
     second = _named(checkpoint, templates["unembedding",])
-    return first is None or second is None or checkpoint.equal(first, second)
+    if second is None:
+        return True
+    return first is not None and checkpoint.equal(first, second)
 
 
 def _named(checkpoint: Checkpoint, template: str) -> str | None:

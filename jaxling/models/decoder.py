@@ -77,6 +77,7 @@ class Decoder(model.Model):
         model.check_ids(tokens, self.spec.vocabulary, "tokens")
         if segment_ids is not None:
             model.check_shape(segment_ids, tokens, "segment_ids")
+            model.check_integers(segment_ids, "segment_ids")
 
     def forward(
         self,

@@ -121,6 +121,7 @@ class Encoder(model.Model):
         for name, ids in given.items():
             if ids is not None:
                 model.check_shape(ids, tokens, name)
+                model.check_integers(ids, name)
         if token_type_ids is not None:
             model.check_ids(token_type_ids, self.spec.token_types, "token_type_ids")
 

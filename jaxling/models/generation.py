@@ -2,9 +2,11 @@
 
 import functools
 import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -21,7 +23,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     key: Array | None = None,
-    eos_token: int | None = None,
+    eos_token: int | Sequence[int] | None = None,
     decoder_tokens: ArrayLike | None = None,
 ) -> Array:
     """Continues every sequence of a batch by up to `max_new_tokens` tokens.
@@ -32,8 +34,8 @@ def generate(
       temperature: 0 takes the likeliest token (ties: the lowest id); above, tokens are
         drawn from softmax(logits / temperature), which needs `key`.
       top_p: draws from the fewest likeliest tokens whose probability reaches it.
-      eos_token: a sequence that has produced it is filled up with it; when all have,
-        the run ends.
+      eos_token: one id or several. A sequence that has produced one is filled up with
+        it, of several with the first; when all have, the run ends.
       decoder_tokens: what an encoder-decoder continues, `[batch, position]` without
         padding; its config's decoder_start_token_id where not given.
 
@@ -44,7 +46,7 @@ def generate(
 
     Raises:
       ValueError: more positions than the model is configured for, a prompt or a row of
-        the mask without a token, or a knob out of range.
+        the mask without a token, a knob or an end token out of range.
     """
     new = operator.index(max_new_tokens)
     if new < 1:
@@ -69,16 +71,38 @@ def generate(
         jax.random.key(0) if key is None else key,
         jnp.float32(temperature),
         jnp.float32(top_p),
-        jnp.int32(-1 if eos_token is None else eos_token),
+        _ends(eos_token, model.spec.vocabulary),
         new=new,
         drawn=temperature > 0,
     )
     return jnp.concatenate([prompt, produced], axis=1)
 
 
+def _ends(eos_token: int | Sequence[int] | None, vocabulary: int) -> Array:
+    """The end tokens, int32 `[n]`; -1, which no token is, where there is none."""
+    if eos_token is None:
+        return jnp.full(1, -1, jnp.int32)
+    ends = models.as_array(np.atleast_1d(eos_token), "eos_token")
+    if ends.ndim != 1 or not ends.size or not jnp.issubdtype(ends.dtype, jnp.integer):
+        raise ValueError(f"`eos_token` must be ids; got {eos_token!r:.80}.")
+    models.check_ids(ends, vocabulary, "eos_token")
+    return ends.astype(jnp.int32)
+
+
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("new", "drawn"))
 def _generate(
-    graph, parameters, tokens, mask, prompt, key, temperature, top_p, eos, *, new, drawn
+    graph,
+    parameters,
+    tokens,
+    mask,
+    prompt,
+    key,
+    temperature,
+    top_p,
+    ends,
+    *,
+    new,
+    drawn,
 ):
     model = nnx.merge(graph, parameters)
 
@@ -90,12 +114,12 @@ def _generate(
         return jax.random.categorical(drawn_from, logits).astype(jnp.int32)
 
     def put(produced, done, step, logits):
-        token = jnp.where(done, eos, choose(logits, step))
+        token = jnp.where(done, ends[0], choose(logits, step))
         produced = lax.dynamic_update_slice(produced, token[:, None], (0, step))
-        return produced, done | (token == eos)
+        return produced, done | jnp.isin(token, ends)
 
     logits, state = model.prefill(tokens, mask, prompt, new)
-    produced = jnp.full((len(prompt), new), eos, jnp.int32)
+    produced = jnp.full((len(prompt), new), ends[0])
     produced, done = put(produced, jnp.zeros(len(prompt), bool), 0, logits)
 
     def going(carry):

@@ -55,7 +55,7 @@ def spec(config: dict[str, Any]) -> Language:
         parallel=config["use_parallel_residual"],
         qkv_bias=bias,
         out_bias=bias,
-        ropes=(llama.rope(config),),
+        ropes=(llama.rope(config, partial=True),),
     )
     return llama.language(config, stack)
 

@@ -47,10 +47,6 @@ def attributes(*absent: str, **others: Any) -> dict[str, Any]:
     return own | others
 
 
-# What tensor parallelism did to the products in training; not their values.
-FIXED = {"pretraining_tp": (None, 1)}
-
-
 def head_size(config: dict[str, Any]) -> int:
     """Of the config, or the width divided by the heads."""
     found = config.get("head_dim")
@@ -58,15 +54,24 @@ def head_size(config: dict[str, Any]) -> int:
     return found or layers.head_size(width, heads)
 
 
-def rope(config: dict[str, Any], theta: float = 10000.0) -> positions.Rope:
-    """Old and new spellings: rope_theta and rope_scaling, or rope_parameters."""
+def rope(
+    config: dict[str, Any], theta: float = 10000.0, *, partial: bool = False
+) -> positions.Rope:
+    """Old and new spellings: rope_theta and rope_scaling, or rope_parameters.
+
+    Only with `partial` may a part of each head be rotated: of the others, transformers
+    ignores it in some kinds of rope and fails in the rest.
+    """
     own = config.get("rope_theta")
-    return positions.read_rope(
+    found = positions.read_rope(
         config.get("rope_parameters") or config.get("rope_scaling") or {},
         theta=theta if own is None else own,
         fraction=config.get("partial_rotary_factor") or 1.0,
         length=config["max_position_embeddings"],
     )
+    if found.fraction != 1 and not partial:
+        raise ValueError(f"partial_rotary_factor {found.fraction} is not handled")
+    return found
 
 
 def stack(config: dict[str, Any]) -> layers.Spec:
@@ -163,4 +168,4 @@ def rules(spec: Language, norms: dict[str, str] = NORMS) -> Rules:
     return table
 
 
-FAMILY = Family(Decoder, ATTRIBUTES, FIXED, spec, rules)
+FAMILY = Family(Decoder, ATTRIBUTES, {}, spec, rules)

@@ -40,6 +40,7 @@ ATTRIBUTES = {
     "activation_function": "gelu",
     "d_model": 1024,
     "scale_embedding": False,
+    "tie_word_embeddings": True,
     "decoder_start_token_id": None,
 }
 ATTRIBUTES_M2M = {
@@ -63,10 +64,7 @@ FIXED = {
 }
 # Positions begin behind padding's row there, whichever it is; here always at row 2.
 FIXED_M2M = FIXED | {"pad_token_id": (None, 1)}
-IGNORED = (
-    "tie_word_embeddings", "classif_dropout", "num_hidden_layers", "_num_labels",
-    "save_step",
-)  # fmt: skip
+IGNORED = ("num_hidden_layers", "save_step")
 EMBEDDING = "(model.)shared.weight"
 
 
@@ -94,6 +92,7 @@ def spec(config: dict[str, Any]) -> Pair:
         embedding_norm=True,
         positions="learned",
         position_offset=2,
+        tied=config["tie_word_embeddings"] is not False,
         unembed_bias=True,
         start_token=config["decoder_start_token_id"],
     )

@@ -1,6 +1,7 @@
 """What every model can do: run, run and keep, run and change; under one jit."""
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,9 +22,10 @@ class Model(nnx.Module):
 
     Arguments common to all calls: `tokens` are ids `[batch, position]`,
     `attention_mask` (same shape; all ones where not given) is zero at padding, which
-    may stand on either side. `dtype` is the dtype to compute in; that of the parameters
-    where not given, so that float32 parameters can be trained with bfloat16 products.
-    Calls are compiled once for each shape, and can be traced by jit, grad and vmap.
+    may stand on either side; it counts in the length that is checked. `dtype` is the
+    dtype to compute in; that of the parameters where not given, so that float32
+    parameters can be trained with bfloat16 products. Calls are compiled once for each
+    exact shape (pad to a few lengths), and can be traced by jit, grad and vmap.
 
     Shapes, dtypes and lengths are checked in every call, values (ids out of range, rows
     of the mask without a token) where they are concrete: inside jit or vmap, what is
@@ -94,7 +96,12 @@ class Model(nnx.Module):
         dtype: DTypeLike | None = None,
         **inputs: Any,
     ) -> Array:
-        """Logits, float32 `[batch, position, vocab]`."""
+        """Logits, float32 `[batch, position, vocab]`.
+
+        Raises:
+          ValueError: inputs of a wrong shape, dtype or length; ids out of range; a mask
+            with other values than 0 and 1, or with a row of zeros.
+        """
         return self._run(tokens, attention_mask, (), {}, dtype, inputs)[0]
 
     def run_with_cache(
@@ -117,11 +124,13 @@ class Model(nnx.Module):
           hooks: as in `run_with_hooks`.
 
         Raises:
-          ValueError: a name that matches nothing.
+          ValueError: a name or a predicate that matches nothing.
         """
         if names_filter is None:
             names_filter = DEFAULT_NAMES
-        elif not isinstance(names_filter, str) and not callable(names_filter):
+        elif callable(names_filter):
+            names_filter = _fresh(names_filter)
+        elif not isinstance(names_filter, str):
             names_filter = tuple(names_filter)
         return self._run(
             tokens, attention_mask, names_filter, hooks or {}, dtype, inputs
@@ -143,6 +152,11 @@ class Model(nnx.Module):
         are applied in the order given. A function that is a `jax.tree_util.Partial`
         passes its arrays as arguments: a new steering vector then compiles nothing.
 
+        A function is traced when it is first used with a shape, and what it read from
+        outside (a variable of its closure, a global, an attribute) stays as it was
+        then: what changes belongs in a Partial. A method of an object is traced, and
+        all is compiled, anew in every call.
+
         Raises:
           ValueError: a name that matches nothing, or a changed shape.
         """
@@ -156,7 +170,7 @@ class Model(nnx.Module):
         hooks = {
             name: hook
             if isinstance(hook, jax.tree_util.Partial)
-            else jax.tree_util.Partial(hook)
+            else jax.tree_util.Partial(_fresh(hook))
             for name, hook in hooks.items()
         }
         dtype = None if dtype is None else as_dtype(dtype)
@@ -164,6 +178,12 @@ class Model(nnx.Module):
         return _forward(
             graph, parameters, tokens, mask, hooks, inputs, names=names, dtype=dtype
         )
+
+
+def _fresh(function: Callable) -> Callable:
+    """Methods of one object are equal, also after it has changed: jit would take what
+    it compiled before."""
+    return (lambda x: function(x)) if inspect.ismethod(function) else function
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("names", "dtype"))
@@ -199,9 +219,13 @@ def as_tokens(tokens: ArrayLike, name: str) -> Array:
             f" {shape}."
         )
     tokens = as_array(tokens, name)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"`{name}` must be integers; got {tokens.dtype}.")
+    check_integers(tokens, name)
     return tokens.astype(jnp.int32)
+
+
+def check_integers(values: Array, name: str) -> None:
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise ValueError(f"`{name}` must be integers; got {values.dtype}.")
 
 
 def as_array(values: ArrayLike, name: str) -> Array:
@@ -220,13 +244,19 @@ def as_array(values: ArrayLike, name: str) -> Array:
 def as_mask(mask: ArrayLike | None, tokens: Array, name: str) -> Array:
     """True at real tokens, `[batch, position]`; all True where no mask is given.
 
-    A row without a real token is an error where the mask is concrete.
+    Where the mask is concrete, a row without a real token is an error, and so are other
+    values than 0 and 1: a mask that is added to scores says the contrary with its 0.
     """
     if mask is None:
         return jnp.ones(tokens.shape, bool)
     check_shape(mask, tokens, name)
     if not isinstance(mask, jax.core.Tracer):
-        seen = (np.asarray(mask) != 0).any(axis=1)
+        values = np.asarray(mask)
+        if (odd := values[(values != 0) & (values != 1)]).size:
+            raise ValueError(
+                f"`{name}` must be 1 at real positions and 0 at padding; got {odd[0]}."
+            )
+        seen = (values != 0).any(axis=1)
         if not seen.all():
             raise ValueError(
                 f"`{name}` must have a real position in every row; row"

@@ -47,6 +47,8 @@ def read_rope(
     Raises:
       ValueError: a kind or a parameter that is not handled.
     """
+    if not isinstance(parameters, dict):
+        raise ValueError(f"rope parameters {parameters!r:.80} are not named values")
     unknown = sorted(set(parameters) - _KNOWN)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     kind = "default" if kind == "dynamic" else kind
@@ -60,9 +62,16 @@ def read_rope(
         theta=float(parameters.get("rope_theta", theta)),
         fraction=float(parameters.get("partial_rotary_factor", fraction)),
     )
+    if not (0 < rope.theta < math.inf and 0 < rope.fraction <= 1):
+        raise ValueError(
+            f"rope_theta {rope.theta} or partial_rotary_factor {rope.fraction} is out"
+            " of range"
+        )
     if kind == "default":
         return rope
     factor = float(parameters["factor"])
+    if not 0 < factor < math.inf:
+        raise ValueError(f"rope factor {factor} is out of range")
     rope = rope._replace(kind=kind, factor=factor)
     original = parameters.get("original_max_position_embeddings") or length
     if kind == "llama3":
@@ -98,8 +107,13 @@ def rope_frequencies(rope: Rope, head_size: int) -> np.ndarray:
     The stretched kinds are those of the papers: linear position interpolation
     (https://arxiv.org/abs/2306.15595), Llama 3.1 (https://arxiv.org/abs/2407.21783),
     YaRN (https://arxiv.org/abs/2309.00071).
+
+    Raises:
+      ValueError: what is rotated is no number of pairs.
     """
     rotated = int(head_size * rope.fraction)
+    if rotated % 2 or not rotated:
+        raise ValueError(f"of heads of size {head_size}, {rotated} cannot be rotated")
     pair = np.arange(0, rotated, 2, dtype=np.float64)
     frequency = rope.theta ** (-pair / rotated)
     if rope.kind == "linear":
@@ -197,6 +211,7 @@ def positions_of(mask: Array, segments: Array | None = None) -> Array:
     count = jnp.cumsum(mask, axis=1) - 1
     if segments is not None:
         new = jnp.pad(segments[:, 1:] != segments[:, :-1], [(0, 0), (1, 0)])
-        begin = jnp.where(new, count, 0)
+        # Where padding stands first, the document begins one token later.
+        begin = jnp.where(new, count + 1 - mask, 0)
         count = count - lax.cummax(begin, axis=1)
     return jnp.maximum(count, 0)

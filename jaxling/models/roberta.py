@@ -46,6 +46,7 @@ def spec(config: dict[str, Any]) -> Masked:
         length=length,
         position_offset=offset,
         token_types=config["type_vocab_size"],
+        tied=config["tie_word_embeddings"] is not False,
     )
 
 

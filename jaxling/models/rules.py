@@ -9,6 +9,7 @@ Conversions are views: indexing, reshaping and transposing a mapped tensor reads
 nothing.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -63,13 +64,21 @@ OTHER_HEADS: Rules = {
 
 
 def same(path: str) -> Rule:
-    """The tensor as it is; an axis may be split into heads and sizes."""
-    return Rule((path,), _split, lambda parts: parts[0])
+    """The tensor as it is."""
+    return Rule(
+        (path,),
+        lambda tensor, part, shape: reshaped(tensor, shape, shape),
+        lambda parts: parts[0],
+    )
 
 
 def vector(path: str) -> Rule:
     """A bias or scale, whose heads and sizes are one axis in the file."""
-    return Rule((path,), _split, lambda parts: parts[0].reshape(-1))
+    return Rule(
+        (path,),
+        lambda tensor, part, shape: reshaped(tensor, (math.prod(shape),), shape),
+        lambda parts: parts[0].reshape(-1),
+    )
 
 
 def linear(path: str) -> Rule:
@@ -151,12 +160,6 @@ def reshaped(
 ) -> np.ndarray:
     """A tensor whose axes are split or joined; ValueError where it is not `stored`."""
     if tensor.shape != stored:
-        raise ValueError
-    return tensor.reshape(shape)
-
-
-def _split(tensor: np.ndarray, part: int, shape: tuple[int, ...]) -> np.ndarray:
-    if tensor.shape != shape and tensor.shape != (np.prod(shape, dtype=int),):
         raise ValueError
     return tensor.reshape(shape)
 

@@ -33,7 +33,7 @@ ATTRIBUTES = {
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
     "feed_forward_proj": "relu",
-    "tie_word_embeddings": None,
+    "tie_word_embeddings": True,
     "scale_decoder_outputs": None,
     "decoder_start_token_id": 0,
 }
@@ -91,6 +91,7 @@ def spec(config: dict[str, Any], *, per_layer: bool = False) -> Pair:
         decoder=decoder,
         vocabulary=config["vocab_size"],
         length=None,
+        tied=config["tie_word_embeddings"] is not False,
         output_scale=config["d_model"] ** -0.5 if scaled(config) else 1.0,
         start_token=config["decoder_start_token_id"],
     )
