@@ -146,8 +146,9 @@ def build(
 def save(model: Model, directory: str | os.PathLike) -> None:
     """Writes a Hugging Face directory, safetensors and config, that transformers loads.
 
-    The tokenizer, which a model does not have, is the caller's to copy. Weights of an
-    earlier save in `directory` (safetensors files and their index) are removed.
+    The tokenizer, and poolers and heads of other tasks, which a model does not have,
+    are the caller's to copy. Weights of an earlier save in `directory` (safetensors
+    files and their index) are removed.
     """
     family = family_of(model.config, "model")
     conversion.save(model, family, directory)
