@@ -28,7 +28,9 @@ SHARED_WITH = flags.DEFINE_list(
     "shared_with", [], "Keep only tokens that these tokenizers have too (ids or paths)."
 )
 MODELS = flags.DEFINE_list(
-    "models", ["demo-small"], "Further models, to compare with that of --model."
+    "models",
+    ["demo-small"],
+    "Further models, to compare with that of --model; none where only that is given.",
 )
 K = flags.DEFINE_integer(
     "k", None, "Neighbours of each row; the experiment's own number when not given.", 1
@@ -138,6 +140,18 @@ class Run(NamedTuple):
 
     workdir: pathlib.Path
     started: float
+
+
+def models() -> list[str]:
+    """That of `--model`, and the others of `--models`, each once.
+
+    The default of `--models` goes with that of `--model`: nobody who names a model
+    finds a built-in one in the pictures without having asked for it.
+    """
+    others = MODELS.value
+    if flags.FLAGS["models"].using_default_value and MODEL.value != MODEL.default:
+        others = []
+    return list(dict.fromkeys([MODEL.value, *others]))
 
 
 def refuse(names: Iterable[str], instead: str) -> None:

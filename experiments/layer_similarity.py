@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
             "At least 4 texts that all languages have are needed for a debiased CKA;"
             f" got {len(texts.items)}: see --per_language and --languages."
         )
-    names = list(dict.fromkeys([common.MODEL.value, *common.MODELS.value]))
+    names = common.models()
     k = min(common.K.value or _K, len(texts.items) - 1)
     for i, name in enumerate(names):  # before anything is computed
         _check(name, common.REVISION.value if i == 0 else None)

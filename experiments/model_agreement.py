@@ -44,7 +44,7 @@ _PERMUTATIONS = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     """Compares every pair of models, writes the tables and the two figures."""
     del argv
-    models = list(dict.fromkeys([common.MODEL.value, *common.MODELS.value]))
+    models = common.models()
     if len(models) < 2:
         raise ValueError("At least two different models are needed: see --models.")
     revisions = [common.REVISION.value, *(None for _ in models[1:])]

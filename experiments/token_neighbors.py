@@ -99,6 +99,8 @@ def main(argv: list[str]) -> None:
             "queries": _digest(queries.tobytes()),
             "dictionary": dictionary and _digest(repr(dictionary)),
             "frequencies": frequencies is not None and _digest(frequencies.tobytes()),
+            # What is compared here is refused before the record is touched.
+            "computed_with": sweeps.environment(),
         },
         write=number == 0,
     )
@@ -109,6 +111,13 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             f"No row of {name} in {model} has a direction: all are zero, NaN or"
             " infinite."
+        )
+    near = np.setdiff1d(np.flatnonzero(words.present[:count]), undirected)
+    if len(near) < 2 or not np.isin(queries, near).any():
+        raise ValueError(
+            f"None of the {len(queries)} tokens to look at can have a neighbour: it"
+            f" takes a row of {name} in {model} that is not zero, NaN or infinite, and"
+            f" that of another token; {len(near)} of all tokens have one."
         )
     every = len(queries) == count - len(absent)
     swept = sweeps.sweep_neighbors(
@@ -157,7 +166,12 @@ def main(argv: list[str]) -> None:
         title=f"Neighbours of every token: {model.rstrip('/').split('/')[-1]}",
         about=about,
     )
-    common.finish(run, summary, {"bands": swept.bands, "resumed": swept.resumed})
+    measured = {
+        "bands": swept.bands,
+        "resumed": swept.resumed,
+        "scores_per_second": round(swept.rate) if swept.rate else None,
+    }
+    common.finish(run, summary, measured)
     print(textwrap.fill(about, 88, break_on_hyphens=False) + "\n")
     _show(tokens, labels["writing_system"], queries, ids, starts, summary)
     print(

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     del argv
     model = common.MODEL.value
     words = {model: vocabulary.load_vocabulary(model, common.REVISION.value)}
-    for other in [*common.MODELS.value, *common.SHARED_WITH.value]:
+    for other in [*common.models(), *common.SHARED_WITH.value]:
         if other not in words:
             words[other] = vocabulary.load_vocabulary(other)
     checkpoint = checkpoints.open_checkpoint(model, common.REVISION.value)
@@ -56,7 +56,23 @@ def main(argv: list[str]) -> None:
     restricted = [words[model], *(words[other] for other in common.SHARED_WITH.value)]
     ids = vocabulary.shared_tokens(*restricted)[0]
     ids = ids[ids < checkpoint.shape(name)[0]]
-    summary = _map(run.workdir, words[model], ids, checkpoint.read(name, rows=ids))
+    rows = checkpoint.read(name, rows=ids)
+    finite = np.isfinite(rows.astype(np.float32)).all(axis=1)
+    left_out = [words[model].tokens[i] for i in ids[~finite]]
+    if left_out:
+        logging.warning(
+            "Not on the map: %d rows of %s in %s are not finite, such as that of %s",
+            *(len(left_out), name, model, left_out[0]),
+        )
+    summary = None
+    if finite.sum() > 1 and rows.shape[1] > 1:
+        summary = _map(run.workdir, words[model], ids[finite], rows[finite])
+    else:
+        print(
+            f"\nNo map: {finite.sum()} rows of {name} in {model}, shape"
+            f" {checkpoint.shape(name)}, belong to tokens that all of --shared_with"
+            " have and are finite; it takes two of two dimensions."
+        )
     sizes = zip(words, overlap.shared.diagonal().tolist())
     common.finish(
         run,
@@ -65,6 +81,7 @@ def main(argv: list[str]) -> None:
             "mean_overlap": float(overlap.overlap.mean()),
             "mean_latin": float(overlap.latin.mean()),
             "map": summary,
+            "not_finite": left_out,
         },
     )
     print(f"\nPictures, tables and summary.json are in {run.workdir}.")
@@ -128,7 +145,8 @@ def _map(workdir, words: vocabulary.Vocabulary, ids: np.ndarray, rows: np.ndarra
     between, chance = maps.variance_between(rows, labels)
     found = {"pca": components.coordinates}
     installed = importlib.util.find_spec("umap") is not None
-    if _UMAP.value == "on" or (_UMAP.value == "auto" and installed):
+    enough = len(ids) >= maps.FEWEST_FOR_UMAP
+    if _UMAP.value == "on" or (_UMAP.value == "auto" and installed and enough):
         found["umap"] = maps.umap_map(rows, seed=common.SEED.value)
     elif not installed:
         logging.info("No UMAP map: pip install jaxling[umap]")

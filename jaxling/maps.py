@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxling.neighborhoods import Labels
 
+FEWEST_FOR_UMAP = 17  # rows: one more than 15 neighbours and the row itself
 _BLOCK = 8_192  # rows in memory at a time
 
 
@@ -105,8 +106,10 @@ def umap_map(x: np.ndarray, *, seed: int) -> np.ndarray:
         raise ImportError(
             "UMAP maps need umap-learn: pip install jaxling[umap]"
         ) from error
-    if len(x) < 17:
-        raise ValueError(f"`x` must have more than 16 rows; got {len(x)}.")
+    if len(x) < FEWEST_FOR_UMAP:
+        raise ValueError(
+            f"`x` must have at least {FEWEST_FOR_UMAP} rows; got {len(x)}."
+        )
     mapping = umap.UMAP(
         n_neighbors=15,
         min_dist=0.2,

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import pathlib
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -39,13 +40,23 @@ class Sweep(NamedTuple):
     """Finished neighbour lists on the host, and what it took to get them.
 
     `scores` and `indices` are `[rows, k]`, best first, as from `nearest_neighbors`;
-    `resumed` counts the bands that were read back rather than computed.
+    `resumed` counts the bands that were read back rather than computed, `rate` the
+    scores computed per second in the others, compilation included (0 without any).
     """
 
     scores: np.ndarray
     indices: np.ndarray
     bands: int
     resumed: int
+    rate: float
+
+
+def environment() -> dict[str, Any]:
+    """What a saved state must have in common with the sweep that goes on from it."""
+    return {
+        "versions": {"jax": jax.__version__, "numpy": np.__version__},
+        "device": jax.devices()[0].device_kind,
+    }
 
 
 def invalid_rows(matrix: np.ndarray) -> np.ndarray:
@@ -121,10 +132,12 @@ def sweep_neighbors(
     """
     _check_matrix(matrix)
     n = len(matrix)
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1; got {k}.")
-    if panel < 1:
-        raise ValueError(f"`panel` must be at least 1 row; got {panel}.")
+    for name, number in (("k", k), ("panel", panel)):
+        if type(number) is bool or not isinstance(number, int | np.integer):
+            raise ValueError(f"`{name}` must be an integer; got {number!r}.")
+        if number < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {number}.")
+    k, panel = int(k), int(panel)  # NumPy's are not JSON
     if not 0 <= share[0] < share[1]:
         raise ValueError(f"`share` must be a number below a count; got {share}.")
     rows, skip = _ids("rows", rows, n), _ids("skip", skip, n)
@@ -142,8 +155,7 @@ def sweep_neighbors(
             "metric": metric,
             "panel": task.panel,
             "share": list(share),
-            "versions": {"jax": jax.__version__, "numpy": np.__version__},
-            "device": jax.devices()[0].device_kind,
+            **environment(),
         }
     shape = (n if task.rows is None else len(task.rows), k)
     resumed, best = (path and _load(path, inputs, shape)) or (
@@ -154,6 +166,7 @@ def sweep_neighbors(
     work = [
         sum(_cost(task, first, at) for at in _steps(task, first)) for first in starts
     ]
+    began = time.monotonic()
     with tqdm.tqdm(
         total=sum(work),
         initial=sum(work[:resumed]),
@@ -168,14 +181,16 @@ def sweep_neighbors(
                 _give_back()
             if path:
                 _save(path, inputs, band + 1, best)
-    return Sweep(best.scores, best.indices, len(starts), resumed)
+    seconds = time.monotonic() - began
+    rate = sum(work[resumed:]) / seconds if seconds > 0 else 0.0
+    return Sweep(best.scores, best.indices, len(starts), resumed, rate)
 
 
 def joined(sweep: Sweep, metric: str = "cosine") -> Sweep:
     """The neighbours among the shares of all processes, on each of them.
 
-    Every process calls this with the `Sweep` of its share. `bands` and `resumed` are
-    the sums over all.
+    Every process calls this with the `Sweep` of its share. `bands`, `resumed` and
+    `rate` are the sums over all.
 
     Raises:
       ConnectionError: another process is gone.
@@ -186,8 +201,8 @@ def joined(sweep: Sweep, metric: str = "cosine") -> Sweep:
     scores, indices = sweep.scores.copy(), sweep.indices.copy()
     try:
         _wait_for_all()
-        bands, resumed = multihost_utils.process_allgather(
-            np.array([sweep.bands, sweep.resumed])
+        bands, resumed, rate = multihost_utils.process_allgather(
+            np.array([sweep.bands, sweep.resumed, sweep.rate], np.float32)
         ).sum(axis=0)
         for start in range(0, len(scores), _JOINED):
             here = slice(start, start + _JOINED)
@@ -203,7 +218,7 @@ def joined(sweep: Sweep, metric: str = "cosine") -> Sweep:
             " fetched. What each had finished is saved; the same command goes on from"
             f" there. ({str(error).splitlines()[0][:200]})"
         ) from error
-    return Sweep(scores, indices, int(bands), int(resumed))
+    return Sweep(scores, indices, int(bands), int(resumed), float(rate))
 
 
 _meetings = itertools.count()

@@ -133,6 +133,17 @@ def test_the_readme_lists_the_experiments_as_they_describe_themselves():
     assert listing.markdown() in readme, "python -m experiments --markdown"
 
 
+def test_a_reader_who_has_seen_enough_ends_the_list():
+    done = subprocess.run(
+        f"{sys.executable} -u -m experiments | head -n 1",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() and done.stderr == ""
+
+
 ROOMS = (
     "kernels checkpoints vocabulary writing_systems sweeps models training probes lens"
     " retrieval corpus"

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pyarrow.parquet
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORDS = ["<pad>", "▁the", "▁dog", "слово", "бог", "日本", "道", "كلمة", "7", "।"]
@@ -79,6 +79,31 @@ def test_overlap_and_map_from_the_command_line(tmp_path, rng):
     assert shared.returncode == 0, shared.stderr
     table = pyarrow.parquet.read_table(tmp_path / "shared" / "map.parquet").to_pydict()
     assert table["token"] == WORDS[:4] and table["id"] == [0, 1, 2, 3]
+
+
+def test_too_little_for_a_map_still_gives_the_overlap(tmp_path, rng):
+    """One shared token is no map; rows that are no numbers are named and left out."""
+    a = checkpoint(tmp_path / "a", WORDS, rng)
+    b = checkpoint(tmp_path / "b", ["▁dog", "▁cat"], rng)
+    name = "bert.embeddings.word_embeddings.weight"
+    rows = load_file(a / "model.safetensors")[name]
+    rows[3, 1] = np.nan
+    save_file({name: rows}, a / "model.safetensors")
+    flags = [f"--model={a}", "--umap=off", f"--workdir={tmp_path / 'run'}"]
+    done = run(*flags, f"--shared_with={b}")
+    assert done.returncode == 0, done.stderr
+    assert f"No map: 1 rows of {name} in {a}" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    # A model that is named is not compared with a built-in one.
+    assert summary["tokens"] == {str(a): 10, str(b): 2} and summary["map"] is None
+    assert (tmp_path / "run" / "overlap.parquet").exists()
+    done = run(*flags[:2], f"--workdir={tmp_path / 'whole'}")
+    assert done.returncode == 0, done.stderr
+    assert f"1 rows of {name} in {a} are not finite, such as that of слово" in (
+        done.stderr
+    )
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert summary["not_finite"] == ["слово"] and summary["map"]["tokens"] == 9
 
 
 def test_bad_input_ends_in_one_paragraph(tmp_path, rng):

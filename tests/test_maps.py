@@ -107,5 +107,5 @@ def test_umap_parts_groups_and_repeats_itself(rng):
     centred = first - first.mean(axis=0)
     means = np.stack([centred[labels.codes == c].mean(axis=0) for c in labels.codes])
     assert (means**2).sum() > 0.8 * (centred**2).sum()
-    with pytest.raises(ValueError, match="more than 16 rows"):
+    with pytest.raises(ValueError, match="at least 17 rows"):
         maps.umap_map(x[:16], seed=0)

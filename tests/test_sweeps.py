@@ -57,6 +57,7 @@ def assert_neighbors(found, matrix, metric="cosine", rows=None, skip=()):
 def test_panels_match_the_oracle(matrix, metric):
     found = sweep(matrix, metric=metric)
     assert (found.bands, found.resumed) == (4, 0)
+    assert found.rate > 0
     assert_neighbors(found, matrix, metric)
 
 
@@ -128,7 +129,7 @@ def test_a_crash_changes_nothing(matrix, tmp_path, monkeypatch, rows):
     assert resumed.indices.tobytes() == whole.indices.tobytes()
     assert (tmp_path / "state").read_bytes() == (tmp_path / "whole").read_bytes()
     again = sweep(matrix, rows=rows, path=tmp_path / "state")
-    assert again.resumed == again.bands == 4
+    assert again.resumed == again.bands == 4 and again.rate == 0
     assert again.indices.tobytes() == whole.indices.tobytes()
 
 
@@ -169,6 +170,9 @@ def test_the_state_of_another_sweep_is_refused(matrix, tmp_path, change):
     [
         ({"panel": 0}, "`panel`.*got 0"),
         ({"k": 0}, "`k`.*got 0"),
+        ({"k": 2.5}, "`k`.*integer.*got 2.5"),
+        ({"k": True}, "`k`.*integer.*got True"),
+        ({"panel": 64.0}, "`panel`.*integer.*got 64.0"),
         ({"metric": "manhattan"}, "`metric`.*manhattan"),
         ({"rows": np.array([3, 3])}, r"`rows`.*\[0, 201\)"),
         ({"rows": np.array([201])}, "`rows`"),

@@ -18,6 +18,7 @@ import safetensors.numpy
 from absl import flags
 from absl.testing import flagsaver
 
+from jaxling import sweeps
 from jaxling.experiments import token_neighbors
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -169,6 +170,33 @@ def test_a_workdir_of_another_run_is_refused(job, model, tmp_path):
     assert run["resumed"] == run["bands"] == 1
     assert 0 < run["seconds"] < run["process_seconds"]
     assert 0 < run["processor_seconds"]
+    assert run["scores_per_second"] is None  # nothing was left to compute
+
+
+def test_a_refused_run_leaves_the_record_of_a_finished_one(job, tmp_path, monkeypatch):
+    """Another version of what computes, which the state of a sweep is bound to."""
+    job(k=4)
+    files = {
+        name: (tmp_path / "run" / name).read_bytes()
+        for name in ("config.json", "summary.json", "run.json", "sweep.state")
+    }
+    assert json.loads(files["run.json"])["scores_per_second"] > 0
+    monkeypatch.setattr(sweeps.jax, "__version__", "0.0.1")
+    with pytest.raises(ValueError, match="computed_with was .* and is now .*0.0.1"):
+        job(k=4)
+    for name, content in files.items():
+        assert (tmp_path / "run" / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("others", [["[PAD]"], ["[PAD]", "unknown"]])
+def test_tokens_that_have_no_neighbour_are_refused_before_the_sweep(
+    job, tmp_path, others
+):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "vocab.txt").write_text("\n".join(others) + "\n", "utf-8")
+    with pytest.raises(ValueError, match="None of the 1 tokens .* 200 of all tokens"):
+        job(k=4, shared_with=[str(tmp_path / "other")])
+    assert not (tmp_path / "run" / "sweep.state").exists()
 
 
 def test_two_models_need_no_workdir(job, model, tmp_path, monkeypatch):
