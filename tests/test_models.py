@@ -303,6 +303,37 @@ def test_an_unembedding_that_differs_is_kept_as_in_transformers(
     assert np.abs(models.load(path)(tokens, mask) - ours(tokens, mask)).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    "kind, auto",
+    [
+        ("mistral", transformers.AutoModel),
+        ("llama", transformers.AutoModelForSequenceClassification),
+    ],
+)
+def test_embedders_and_classifiers_give_their_last_state(kind, auto, tmp_path):
+    """Files without an unembedding, of a config that does not tie it."""
+    config = transformers.AutoConfig.for_model(**CASES[kind])
+    config._attn_implementation, config.pad_token_id = "eager", 0
+    oracle = auto.from_config(config).eval()
+    oracle.save_pretrained(tmp_path / "one")
+    tokens, mask = sequences()
+    real = mask.astype(bool)
+    model = models.load(tmp_path / "one")
+    models.save(model, tmp_path / "again")
+    again = auto.from_pretrained(tmp_path / "again", attn_implementation="eager")
+    for written in (oracle, again):
+        written = written.base_model
+        with torch.no_grad():
+            expected = written(
+                torch.tensor(tokens),
+                attention_mask=torch.tensor(mask),
+                position_ids=(torch.tensor(mask).cumsum(1) - 1).clamp(min=0),
+            ).last_hidden_state.numpy()
+        np.testing.assert_allclose(
+            model(tokens, mask)[real], expected[real], atol=TOLERANCE
+        )
+
+
 @ONE_OF_EACH
 def test_gradients_agree_with_transformers(checkpoint, agree_in_gradients):
     path, oracle = checkpoint

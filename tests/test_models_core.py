@@ -793,6 +793,19 @@ def test_an_unembedding_of_other_values_is_kept(saved, tmp_path):
         models.load(rewritten(saved, tmp_path, config={"tie_word_embeddings": False}))
 
 
+def test_a_decoder_is_headless_where_its_config_says_so(
+    saved, llama, everything, tokens, tmp_path
+):
+    said = {"architectures": ["LlamaModel"], "tie_word_embeddings": False}
+    headless = models.load(rewritten(saved, tmp_path, config=said))
+    last = everything[1]["ln_final.hook_normalized"]
+    np.testing.assert_allclose(headless(tokens), last, atol=1e-6)
+    with pytest.raises(ValueError, match="without a head: it has no logits"):
+        headless.unembed(last)
+    with pytest.raises(ValueError, match="without a head does not generate"):
+        models.generate(headless, tokens, max_new_tokens=1)
+
+
 @pytest.mark.parametrize(
     "config, message",
     [

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxling.checkpoints import Checkpoint, CheckpointError
 
 from .config import Family, abstract
+from .decoder import Language
 from .model import Model
 from .rules import OTHER_HEADS, Alias, Ignore, Rule, Rules, as_pattern, spelled
 
@@ -47,6 +48,10 @@ def load(
     def amend(spec: Any) -> Any:
         spec = spec if family.amend is None else family.amend(spec, checkpoint)
         untied = family.rules(spec._replace(tied=False))
+        own = _filling(checkpoint, untied, "unembedding")
+        if isinstance(spec, Language) and not (spec.tied or own):
+            spec = spec._replace(head=not _headless(checkpoint))
+            return spec._replace(tied=not spec.head)
         return spec._replace(tied=spec.tied and is_tied(checkpoint, untied))
 
     model = abstract(checkpoint.config, family, str(checkpoint.path), amend)
@@ -223,14 +228,27 @@ def is_tied(checkpoint: Checkpoint, untied: Rules) -> bool:
     Old files store tied matrices twice, and configs call matrices tied that are not:
     what is stored decides, the values where there are two. So does transformers 5.
     """
-    templates = {rule.paths: t for t, rule in untied.items() if isinstance(rule, Rule)}
-    if ("unembedding",) not in templates:
-        return True
-    first = _named(checkpoint, templates["embedding",])
-    second = _named(checkpoint, templates["unembedding",])
+    first = _filling(checkpoint, untied, "embedding")
+    second = _filling(checkpoint, untied, "unembedding")
     if second is None:
         return True
     return first is not None and checkpoint.equal(first, second)
+
+
+def _headless(checkpoint: Checkpoint) -> bool:
+    """Whether the config says that it is of no language model (an embedder's, say)."""
+    said = checkpoint.config.get("architectures")
+    said = said if isinstance(said, list) else []
+    speaking = ("ForCausalLM", "LMHeadModel")
+    return bool(said) and not any(str(name).endswith(speaking) for name in said)
+
+
+def _filling(checkpoint: Checkpoint, rules: Rules, path: str) -> str | None:
+    """The tensor that fills a parameter, where there is one."""
+    for template, rule in rules.items():
+        if isinstance(rule, Rule) and rule.paths == (path,):
+            return _named(checkpoint, template)
+    return None
 
 
 def _named(checkpoint: Checkpoint, template: str) -> str | None:

@@ -22,12 +22,15 @@ class Language(NamedTuple):
     positions: str | None = None  # "learned" or "sinusoidal"; None: in the attention
     position_offset: int = 0  # rows of the position table before position 0
     tied: bool = False  # the unembedding is the embedding
+    head: bool = True  # there is an unembedding; where not, `tied` is True
     unembed_bias: bool = False
     logit_softcap: float | None = None
 
 
 class Decoder(model.Model):
-    """A decoder-only language model.
+    """A decoder-only language model. Where the checkpoint has no unembedding, and its
+    config says so (an embedder, a classifier), calls return the last hidden state after
+    the final norm instead of logits, float32.
 
     `embed`, `final_norm` and `unembed` are its ends as separate functions;
     `unembed_matrix` is `[vocab, d]`. `model(tokens, attention_mask, segment_ids=...)`
@@ -70,6 +73,17 @@ class Decoder(model.Model):
         """From the residual stream to what the unembedding is multiplied with."""
         return self.decoder.finish(hidden)
 
+    @property
+    def unembed_matrix(self) -> Array:
+        """`[vocab, d]`.
+
+        Raises:
+          ValueError: the checkpoint has no unembedding.
+        """
+        if not self.spec.head:
+            raise ValueError("This decoder was saved without a head: it has no logits.")
+        return super().unembed_matrix
+
     def check(
         self, tokens: Array, attention_mask: Array, segment_ids: Array | None = None
     ) -> None:
@@ -92,7 +106,7 @@ class Decoder(model.Model):
         sight = self.decoder.sight(attention_mask, where, where, segments=segment_ids)
         x, _ = self.decoder(x, sight, where, taps)
         x = taps("ln_final.hook_normalized", self.final_norm(x))
-        return self.unembed(x)
+        return self.unembed(x) if self.spec.head else x.astype(jnp.float32)
 
     def prompt(self, tokens: Array, decoder_tokens: ArrayLike | None) -> Array:
         """What `generate` continues."""
@@ -103,7 +117,10 @@ class Decoder(model.Model):
     def check_generation(
         self, tokens: Array, attention_mask: Array, prompt: Array, new: int
     ) -> None:
-        """Raises ValueError where `generate` would leave the configured positions."""
+        """Raises ValueError where `generate` would leave the configured positions, or
+        has no logits."""
+        if not self.spec.head:
+            raise ValueError("A decoder without a head does not generate text.")
         self.check(tokens, attention_mask)
         model.check_length(prompt.shape[1] + new, self.spec.length, "prompt and output")
 
