@@ -340,8 +340,13 @@ def shared_by_chance(
     generator = np.random.default_rng(seed)
     means = np.empty(permutations)
     for i in range(permutations):
-        new = generator.permutation(len(b))
-        relabelled = np.empty_like(b)
-        relabelled[new] = np.where(b >= 0, new[np.maximum(b, 0)], -1)
+        relabelled = _relabelled(b, generator.permutation(len(b)))
         means[i] = shared_neighbors(a, relabelled).mean()
     return means
+
+
+def _relabelled(lists: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """The lists `[n, k]` of rows that are called `new[row]` from now on."""
+    relabelled = np.empty_like(lists)
+    relabelled[new] = np.where(lists >= 0, new[np.maximum(lists, 0)], -1)
+    return relabelled

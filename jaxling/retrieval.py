@@ -16,7 +16,8 @@ import scipy.cluster.hierarchy
 from jaxling import kernels
 
 METHODS = ("nearest", "csls", "inverted_softmax", "margin_ratio")
-MAPS = ("none", "procrustes", "ridge", "rcsls")
+MAPS = ("none", "procrustes", "ridge", "rcsls_spectral")
+_ROUNDING = 8 * np.finfo(np.float32).eps  # of a mean of float32 cosines
 
 
 def word_vectors(
@@ -65,7 +66,9 @@ def fit_map(kind: str, source: np.ndarray, target: np.ndarray, pairs: np.ndarray
     """A linear map `[d, e]` from one space to another, fitted on word pairs.
 
     Args:
-      kind: one of `MAPS`; "none" is the identity.
+      kind: one of `MAPS`; "none" is the identity, "ridge" has a penalty of 1,
+        "rcsls_spectral" is RCSLS within the spectral ball (the default of fastText's
+        script is without).
       source, target: `[n, d]`, `[m, e]`, with rows of length one.
       pairs: `[p, 2]` rows of source and target that translate each other.
 
@@ -79,7 +82,7 @@ def fit_map(kind: str, source: np.ndarray, target: np.ndarray, pairs: np.ndarray
         return np.asarray(kernels.procrustes(x, y))
     if kind == "ridge":
         return np.asarray(kernels.ridge_map(x, y, l2=1.0))
-    if kind == "rcsls":
+    if kind == "rcsls_spectral":
         k = min(10, len(source), len(target))
         return np.asarray(kernels.rcsls(x, y, source, target, k=k, spectral=True).map)
     raise ValueError(f"`kind` must be one of {MAPS}; got {kind!r}.")
@@ -109,7 +112,9 @@ def translate(
       b the inverse temperature; Smith et al., 2017, https://arxiv.org/abs/1702.03859.
     - `margin_ratio`: `cos / ((r_x + r_y) / 2)` over the `neighborhood` nearest targets
       of each source row (at least k), as it is used for mining; Artetxe & Schwenk,
-      2019, https://arxiv.org/abs/1811.01136, eq. 3.
+      2019, https://arxiv.org/abs/1811.01136, eq. 3. A ratio to a number that is not
+      positive, or is within rounding of zero (1e-6), would turn the order around:
+      such a pair is no candidate, and its slot is empty.
 
     Args:
       source: `[n, d]`, any float dtype; scored in float32.
@@ -125,8 +130,14 @@ def translate(
       either.
 
     Raises:
-      ValueError: an unknown method, or arguments that do not fit.
+      ValueError: an unknown method, a side without rows, or of another width.
     """
+    left, right = np.shape(source), np.shape(target)
+    if len(left) != 2 or len(right) != 2 or left[1] != right[1] or 0 in left + right:
+        raise ValueError(
+            "`source` and `target` must be rows of one width, [n, d] and [m, d], not"
+            f" empty; got shapes {left} and {right}."
+        )
     n = len(source)
     x, y = _padded(source), _padded(target)
     if method == "nearest":
@@ -188,8 +199,10 @@ def _by_margin(found, source, target, neighborhood) -> Translations:
         target, source, k=min(neighborhood, len(np.asarray(source)))
     )
     theirs = _mean(np.asarray(back.scores))
-    scores = scores / ((own[:, None] + theirs[indices]) / 2)
-    scores[indices < 0] = -np.inf
+    near = (own[:, None] + theirs[indices]) / 2
+    candidate = (indices >= 0) & (near > _ROUNDING)
+    scores = np.where(candidate, scores / np.where(candidate, near, 1), -np.inf)
+    indices = np.where(candidate, indices, -1)
     order = np.lexsort((indices, -scores), axis=-1)
     scores = np.take_along_axis(scores, order, 1)
     scores[~np.isfinite(scores)] = np.nan
@@ -280,9 +293,14 @@ def mine_bitext(source: np.ndarray, target: np.ndarray, *, k: int = 4) -> Bitext
       target: `[m, d]`.
       k: neighbours that the margin averages over.
 
+    Returns:
+      The pairs, each row at most once; none where no margin is defined (`translate`).
+
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: a side without rows, sides of different width, or `k` below 1.
     """
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1; got {k}.")
     forward = translate(source, target, k=1, method="margin_ratio", neighborhood=k)
     backward = translate(target, source, k=1, method="margin_ratio", neighborhood=k)
     there = forward.indices[:, 0]
@@ -309,13 +327,31 @@ def language_centroids(vectors: np.ndarray, languages: Sequence[str]) -> np.ndar
     """Mean vector of each language `[g, d]`, languages in alphabetical order.
 
     Fan et al., 2021 (representation sprachbund), https://arxiv.org/abs/2109.00271.
+
+    Args:
+      vectors: `[n, d]`.
+      languages: the language of each.
+
+    Returns:
+      `[g, d]`, of the dtype of `vectors`.
+
+    Raises:
+      ValueError: no row, or not one language for each.
     """
+    if len(vectors) != len(languages) or not len(languages):
+        raise ValueError(
+            "`languages` must name one for each row of `vectors`, of which there must"
+            f" be some; got {len(languages)} for {len(vectors)} rows."
+        )
     names = np.asarray(languages)
     return np.stack([vectors[names == name].mean(0) for name in sorted(set(languages))])
 
 
 def language_similarity(centroids: np.ndarray) -> np.ndarray:
-    """Cosines of language centroids `[g, g]`; NaN where one is zero."""
+    """Cosines `[g, g]` of language centroids `[g, d]`, in [-1, 1].
+
+    In the dtype of the centroids. NaN where one is zero or not finite.
+    """
     length = np.linalg.norm(centroids, axis=1, keepdims=True)
     rows = centroids / np.where(length > 0, length, np.nan)
     return np.clip(rows @ rows.T, -1, 1)
@@ -330,8 +366,22 @@ def cluster_languages(
       centroids: `[g, d]`, at least two, none of them zero.
       clusters: how many; fewer come back where the tree cannot be cut so.
       method: linkage, as in `scipy.cluster.hierarchy.linkage`.
+
+    Returns:
+      `[g]` int64.
+
+    Raises:
+      ValueError: fewer than two centroids, one that is zero or not finite, fewer than
+        one cluster, or an unknown method.
     """
+    if len(centroids) < 2 or clusters < 1:
+        raise ValueError(
+            "At least two centroids and one cluster are needed; got"
+            f" {len(centroids)} and {clusters}."
+        )
     apart = 1 - language_similarity(centroids)[np.triu_indices(len(centroids), 1)]
+    if np.isnan(apart).any():
+        raise ValueError("`centroids` must be finite and not zero; one is not.")
     tree = scipy.cluster.hierarchy.linkage(apart, method)
     labels = scipy.cluster.hierarchy.fcluster(tree, clusters, "maxclust")
     return np.unique(labels, return_inverse=True)[1]
@@ -355,8 +405,11 @@ def mantel(
     matrix holds NaN or is constant: nothing correlates with it.
 
     Raises:
-      ValueError: not square, of different size, asymmetric, or fewer than 3 items.
+      ValueError: not square, of different size, asymmetric, fewer than 3 items, or
+        fewer than one permutation.
     """
+    if permutations < 1:
+        raise ValueError(f"`permutations` must be at least 1; got {permutations}.")
     a, b = (np.asarray(x, np.float64) for x in (a, b))
     if a.shape != b.shape or a.ndim != 2 or a.shape[0] != a.shape[1] or len(a) < 3:
         raise ValueError(
@@ -368,7 +421,8 @@ def mantel(
     upper = np.triu_indices(len(a), 1)
 
     def standard(x):
-        x = x[upper] - x[upper].mean()
+        x = x[upper] - x[upper][0]  # equal entries must differ by nothing
+        x = x - x.mean()
         norm = np.linalg.norm(x)
         return x / norm if norm > 0 else x * np.nan
 

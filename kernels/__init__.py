@@ -38,6 +38,7 @@ else:
     from .classification import predict as predict
     from .cross_entropy import CrossEntropy as CrossEntropy
     from .cross_entropy import cross_entropy as cross_entropy
+    from .isomorphism import cond_hm as cond_hm
     from .isomorphism import econd_hm as econd_hm
     from .isomorphism import eigenvector_similarity as eigenvector_similarity
     from .isomorphism import h0_bottleneck as h0_bottleneck

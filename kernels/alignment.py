@@ -1,4 +1,10 @@
-"""Linear maps from one space onto another."""
+"""Linear maps from one space onto another.
+
+Products are at the precision of their inputs, float32 at least (float64 where enabled
+and given), and so is what is returned. A pair of spaces with a number in its pairs of
+rows that is not finite has NaN for map and loss (of `ridge_map`: for the columns that
+the number bears on); others of its batch keep theirs.
+"""
 
 import functools
 from typing import NamedTuple
@@ -78,7 +84,7 @@ def ridge_map(x: ArrayLike, y: ArrayLike, *, l2: ArrayLike = 0.0) -> Array:
         where `x` has full rank.
 
     Returns:
-      `[..., d, e]`.
+      `[..., d, e]`, float32 (float64 where enabled and given).
 
     Raises:
       ValueError: the row counts differ, a side is empty, or a penalty is negative.
@@ -157,7 +163,7 @@ def rcsls_loss(
       k: neighbours.
 
     Returns:
-      The loss, `[...]`.
+      The loss, `[...]`, float32 (float64 where enabled and given).
 
     Raises:
       ValueError: shapes do not fit, or `k` exceeds the rows of `source` or `target`.
@@ -191,7 +197,9 @@ def rcsls(
     as raised. Joulin et al., 2018,
     https://arxiv.org/abs/1804.07745, section 3. Their script, fastText's
     `alignment/align.py`, means to go back as well, but steps in place and so only
-    halves the rate; where no step raises the loss the two do the same.
+    halves the rate; it takes `niter + 1` steps, returns the map after the last, and
+    stops at a rate below 1e-4. Where no step raises the loss, the rate is not below
+    that, and `steps` is `niter + 1`, the two maps are the same.
 
     Args:
       x, y, source, target, k: as in `rcsls_loss`.
@@ -202,7 +210,8 @@ def rcsls(
 
     Returns:
       The map `[..., d, e]` of the lowest loss seen, and the loss before each step and
-      after the last, `[..., steps + 1]`.
+      after the last, `[..., steps + 1]`; float32 (float64 where enabled and given).
+      Where no loss is finite, the map is the first.
 
     Raises:
       ValueError: shapes do not fit, `k` or `steps` is out of range, or there is no

@@ -29,6 +29,7 @@ class Spectrum(NamedTuple):
     singular_values: Array
     effective_rank: Array
     effective_condition_number: Array
+    condition_number: Array
 
 
 def spectrum(x: ArrayLike, *, center: bool = True) -> Spectrum:
@@ -36,6 +37,7 @@ def spectrum(x: ArrayLike, *, center: bool = True) -> Spectrum:
 
         effective rank  = exp(H(s / sum s)),  H in nats
         effective condition number = s_1 / s_r,  r = floor(effective rank)
+        condition number = s_1 / s_last,  the last that is not zero
 
     Roy & Vetterli, 2007; Dubossarsky et al., 2020, https://arxiv.org/abs/2001.11136.
 
@@ -45,8 +47,8 @@ def spectrum(x: ArrayLike, *, center: bool = True) -> Spectrum:
 
     Returns:
       `singular_values [..., min(n, d)]` descending, those within rounding of zero as
-      zero (with centring at least one where n <= d), and two `[...]` numbers. A zero
-      matrix has effective rank 0 and condition number NaN; one that is not finite has
+      zero (with centring at least one where n <= d), and three `[...]` numbers. A zero
+      matrix has effective rank 0 and condition numbers NaN; one that is not finite has
       NaN everywhere.
 
     Raises:
@@ -72,8 +74,11 @@ def _spectrum(x, center):
     # A rank within rounding of an integer is that integer: floor(2.9999998) is 3.
     last = jnp.floor(rank * (1 + 8 * jnp.finfo(x.dtype).eps)).astype(int) - 1
     smallest = jnp.take_along_axis(values, jnp.maximum(last, 0)[..., None], -1)[..., 0]
-    condition = jnp.where(rank > 0, values[..., 0] / smallest, jnp.nan)
-    return Spectrum(values, rank, condition)
+    least = jnp.min(jnp.where(values > 0, values, jnp.inf), -1)
+    effective, plain = (
+        jnp.where(rank > 0, values[..., 0] / s, jnp.nan) for s in (smallest, least)
+    )
+    return Spectrum(values, rank, effective, plain)
 
 
 def singular_value_gap(x: Spectrum, y: Spectrum) -> Array:
@@ -90,12 +95,8 @@ def singular_value_gap(x: Spectrum, y: Spectrum) -> Array:
     Raises:
       ValueError: the spectra differ in length.
     """
+    _check_lengths(x, y)
     s, t = x.singular_values, y.singular_values
-    if s.shape[-1] != t.shape[-1]:
-        raise ValueError(
-            "`x` and `y` must have the same number of singular values;"
-            f" got {s.shape[-1]} and {t.shape[-1]}."
-        )
     both_zero = (s == 0) & (t == 0)
     gap = jnp.where(both_zero, 0.0, jnp.log(jnp.where(both_zero, 1.0, s)) - jnp.log(t))
     return jnp.sum(jnp.square(jnp.where(both_zero, 0.0, gap)), -1)
@@ -104,11 +105,31 @@ def singular_value_gap(x: Spectrum, y: Spectrum) -> Array:
 def econd_hm(x: Spectrum, y: Spectrum) -> Array:
     """Harmonic mean `[...]` of two effective condition numbers, `2ab / (a + b)`.
 
-    Not comparable between numbers of singular values. Dubossarsky et al., 2020,
-    https://arxiv.org/abs/2001.11136.
+    Leading axes broadcast. Both spaces must have the same number of singular values.
+    Dubossarsky et al., 2020, https://arxiv.org/abs/2001.11136.
+
+    Raises:
+      ValueError: the spectra differ in length.
     """
+    _check_lengths(x, y)
     a, b = x.effective_condition_number, y.effective_condition_number
     return 2 * a * b / (a + b)
+
+
+def cond_hm(x: Spectrum, y: Spectrum) -> Array:
+    """Harmonic mean `[...]` of two condition numbers; else as `econd_hm`."""
+    _check_lengths(x, y)
+    a, b = x.condition_number, y.condition_number
+    return 2 * a * b / (a + b)
+
+
+def _check_lengths(x: Spectrum, y: Spectrum) -> None:
+    s, t = x.singular_values.shape[-1], y.singular_values.shape[-1]
+    if s != t:
+        raise ValueError(
+            "`x` and `y` must have the same number of singular values;"
+            f" got {s} and {t}."
+        )
 
 
 def relational_similarity(x: ArrayLike, y: ArrayLike, *, tile: int = 256) -> Array:

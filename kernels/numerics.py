@@ -53,8 +53,14 @@ def unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
 
 
 def widened(x: ArrayLike) -> Array:
-    """`x` as an array of at least float32; float64 stays where it is enabled."""
+    """`x` as an array of at least float32; float64 stays where it is enabled.
+
+    Raises:
+      ValueError: complex numbers.
+    """
     x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"Rows must be of real numbers; got dtype {x.dtype}.")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -62,7 +68,8 @@ def paired(operation: str, x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
     """`[..., n, p]` and `[..., n, q]`, both `widened`: the door of what compares rows.
 
     Raises:
-      ValueError: fewer than two axes, different row counts, or an empty side.
+      ValueError: fewer than two axes, different row counts, an empty side, leading
+        axes that do not broadcast, or complex numbers.
     """
     x, y = widened(x), widened(y)
     flat = min(x.ndim, y.ndim) < 2
@@ -71,6 +78,13 @@ def paired(operation: str, x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
             f"{operation} needs paired rows, [..., n, p] and [..., n, q] over the same"
             f" rows, not empty; got shapes {tuple(x.shape)} and {tuple(y.shape)}."
         )
+    try:
+        jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    except ValueError:
+        raise ValueError(
+            f"{operation} pairs leading axes that broadcast, equal or 1;"
+            f" got shapes {tuple(x.shape)} and {tuple(y.shape)}."
+        ) from None
     return x, y
 
 

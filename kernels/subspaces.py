@@ -1,7 +1,8 @@
 """How alike two representations of the same rows are: principal angles and CKA.
 
 Both work on plain `[n, d]` matrices over the same `n` rows, keep float64 where it is
-enabled and compute in float32 otherwise, and never hold an `[n, n]` matrix.
+enabled and compute in float32 otherwise, and never hold an `[n, n]` matrix. A matrix
+with a number in it that is not finite has NaN for every measure.
 """
 
 import functools
@@ -23,7 +24,8 @@ def principal_angles(a: ArrayLike, b: ArrayLike, *, center: bool = False) -> Arr
     The first is the cosine of the smallest angle, the largest canonical correlation
     when `center` is set. Directions that a rank-deficient matrix lacks count as
     orthogonal: cosine 0. Bjorck & Golub, 1973. Has a gradient where both matrices have
-    full column rank and the angles are distinct and not 0.
+    full column rank, whatever their singular values, and the angles are distinct and
+    not 0.
 
     Args:
       a: `[..., n, p]`; leading axes are a batch.
@@ -53,8 +55,10 @@ def _cosines(a, b, center):
 def _basis(x: Float[Array, "n p"], center: bool) -> Float[Array, "n r"]:
     """Orthonormal columns that span `x`'s; columns beyond its rank are zero."""
     q, r = jnp.linalg.qr(numerics.centered(x) if center else x)
-    u, values, _ = jnp.linalg.svd(r, full_matrices=False)
-    return (q @ u) * (values > numerics.rounding_floor(x))
+    # At full rank any rotation of q is as good a basis, so that u is a constant: the
+    # derivative of an SVD is lost where singular values are equal.
+    u, values, _ = jnp.linalg.svd(lax.stop_gradient(r), full_matrices=False)
+    return (q @ u) * (values > lax.stop_gradient(numerics.rounding_floor(x)))
 
 
 def linear_cka(x: ArrayLike, y: ArrayLike) -> Array:
@@ -127,7 +131,7 @@ def cka_grid(x: ArrayLike, y: ArrayLike, *, debiased: bool = False) -> Array:
             "`x` and `y` must be [layer, n, d];"
             f" got shapes {tuple(x.shape)} and {tuple(y.shape)}."
         )
-    x, y = numerics.paired("cka_grid", x, y)
+    numerics.paired("cka_grid", x[:, None], y)
     if debiased:
         return _cka_grid(*_enough(x, y), _unbiased_hsic)
     return _cka_grid(x, y, _hsic)

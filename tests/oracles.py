@@ -120,11 +120,14 @@ def rcsls_descent(start, x, y, source, target, k, steps, rate, spectral):
     return np.array(losses), maps
 
 
-def rcsls_script(start, x, y, source, target, k, steps, rate, spectral):
-    """The same as fastText's script has it: the rate alone follows the losses."""
+def rcsls_script(start, x, y, source, target, k, niter, rate, spectral):
+    """As fastText's script has it: the rate alone follows the losses, and the map is
+    that after the last of niter + 1 steps, or before the rate fell below 1e-4."""
     w, losses = np.array(start, np.float64), []
     before = None
-    for _ in range(steps + 1):
+    for _ in range(niter + 1):
+        if rate < 1e-4:
+            break
         loss, gradient = rcsls(w, x, y, source, target, k)
         losses.append(loss)
         w = w - rate * gradient
@@ -134,4 +137,4 @@ def rcsls_script(start, x, y, source, target, k, steps, rate, spectral):
         if before is not None and loss > before:
             rate, loss = rate / 2, before
         before = loss
-    return np.array(losses)
+    return np.array(losses), w

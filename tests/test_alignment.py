@@ -231,8 +231,10 @@ def test_rcsls_takes_the_published_steps(rng, float64, spectral, rate):
     rises = np.any(np.diff(losses) > 0)
     assert rises == (spectral and rate >= 1)  # unconstrained, it has no lower bound
     if not rises:
-        script = oracles.rcsls_script(*sides, rate=rate, **knobs)
-        np.testing.assert_allclose(losses, script, atol=1e-12)
+        knobs = {"k": 3, "niter": 14, "spectral": spectral}  # one more step is taken
+        script, final = oracles.rcsls_script(*sides, rate=rate, **knobs)
+        np.testing.assert_allclose(losses[:-1], script, atol=1e-12)
+        np.testing.assert_allclose(found.map, final, atol=1e-9)
 
 
 @pytest.mark.parametrize("rate", [3e38, np.inf])
@@ -248,6 +250,22 @@ def test_rcsls_returns_from_steps_that_leave_the_numbers(rng, rate):
     found = kernels.rcsls(*unknown, k=3, steps=2)
     np.testing.assert_array_equal(found.map, kernels.procrustes(*sides[:2]))
     assert np.isnan(found.losses).all()
+
+
+def test_a_pair_that_is_not_finite_has_no_map_and_spoils_no_other(rng):
+    x, y = rng.normal(size=(2, 9, 4)), rng.normal(size=(2, 9, 4))
+    for bad in (np.nan, np.inf):
+        x[1, 3, 2] = bad
+        for found in (
+            kernels.procrustes(x, y),
+            kernels.procrustes(y, x),
+            kernels.ridge_map(x, y),
+            kernels.ridge_map(y, x, l2=1.0)[..., 2],  # the column of y that has it
+            kernels.rcsls(x, y, x, y, k=2, steps=2).map,
+            kernels.rcsls_loss(np.eye(4), x, y, x, y, k=2),
+            kernels.rcsls_loss(np.eye(4), y, x, y, x, k=2),
+        ):
+            assert np.isfinite(found[0]).all() and np.isnan(found[1]).all()
 
 
 def test_rcsls_is_batched_and_holds_no_scores_of_all_pairs(rng):
@@ -274,6 +292,9 @@ BAD = [
     (lambda x: kernels.procrustes(x[:0], x[:0]), "not empty"),
     (lambda x: kernels.procrustes(x, x[:, :2]), "same width"),
     (lambda x: kernels.ridge_map(x[0], x[0]), "paired rows"),
+    (lambda x: kernels.ridge_map(x, 1j * x), "real .* complex64"),
+    (lambda x: kernels.ridge_map(np.stack([x] * 2), np.stack([x] * 3)), "that broad"),
+    (lambda x: kernels.rcsls_loss(1j * np.eye(4), x, x, x, x), "real .* complex64"),
     (lambda x: kernels.ridge_map(x, x, l2=-1.0), "`l2` must be at least 0; got -1.0"),
     (lambda x: kernels.rcsls(x, x, x, x, k=11), "`k` must be in"),
     (lambda x: kernels.rcsls(x, x, x, x[:, :2]), "`target` must be rows of width 4"),

@@ -38,12 +38,15 @@ def test_spectrum_by_hand():
     rank = np.exp(-np.sum(share * np.log(share)))  # 2.83
     np.testing.assert_allclose(found.effective_rank, rank, rtol=1e-6)
     np.testing.assert_allclose(found.effective_condition_number, 2, rtol=1e-6)
+    lacking = kernels.spectrum(np.diag([6.0, 3.0, 1.5, 0.0]), center=False)
+    np.testing.assert_allclose(lacking.condition_number, 4, rtol=1e-6)
     equal = kernels.spectrum(np.eye(5), center=False)
     np.testing.assert_allclose(equal.effective_rank, 5, rtol=1e-5)
     np.testing.assert_allclose(equal.effective_condition_number, 1, rtol=1e-5)
     for flat in (np.zeros((3, 3)), np.full((7, 3), 0.1), np.ones((1, 4))):
         zero = kernels.spectrum(flat)
         assert zero.effective_rank == 0 and np.isnan(zero.effective_condition_number)
+        assert np.isnan(zero.condition_number)
         assert kernels.singular_value_gap(zero, zero) == 0
 
 
@@ -73,8 +76,12 @@ def test_singular_value_gap_and_harmonic_mean(rng):
     c, d = a.effective_condition_number, 3.0
     mean = kernels.econd_hm(a, b._replace(effective_condition_number=d))
     np.testing.assert_allclose(mean, 2 / (1 / c + 1 / d), rtol=1e-6)
-    with pytest.raises(ValueError, match="same number of singular values"):
-        kernels.singular_value_gap(a, kernels.spectrum(x[:, :2]))
+    plain = kernels.cond_hm(a, b._replace(condition_number=d))
+    c = np.linalg.cond(x - x.mean(0))
+    np.testing.assert_allclose(plain, 2 / (1 / c + 1 / d), rtol=1e-5)
+    for measure in (kernels.singular_value_gap, kernels.econd_hm, kernels.cond_hm):
+        with pytest.raises(ValueError, match="same number of singular values"):
+            measure(a, kernels.spectrum(x[:, :2]))
 
 
 @pytest.mark.parametrize("n, tile", [(3, 2), (33, 8), (64, 256)])
@@ -204,7 +211,12 @@ MEASURES = {
     "gap": lambda x, y: kernels.singular_value_gap(
         kernels.spectrum(x), kernels.spectrum(y[..., :3])
     ),
-    "econd": lambda x, y: kernels.econd_hm(kernels.spectrum(x), kernels.spectrum(y)),
+    "econd": lambda x, y: kernels.econd_hm(
+        kernels.spectrum(x), kernels.spectrum(y[..., :3])
+    ),
+    "cond": lambda x, y: kernels.cond_hm(
+        kernels.spectrum(x), kernels.spectrum(y[..., :3])
+    ),
     "rsim": lambda x, y: kernels.relational_similarity(x, y, tile=4),
     "evs": lambda x, y: kernels.eigenvector_similarity(x, y, k=2),
     "h0": kernels.h0_bottleneck,
@@ -234,7 +246,7 @@ def test_a_space_that_is_not_finite_has_no_shape(rng, name, value, whole):
     x[1, 4, slice(None) if whole else 1] = value
     found = np.asarray(MEASURES[name](x, y))
     assert np.isfinite(found[0]) and np.isnan(found[1])
-    if name in ("gap", "econd", "rsim", "evs", "h0"):  # of both sides
+    if name in ("gap", "econd", "cond", "rsim", "evs", "h0"):  # of both sides
         mirrored = np.asarray(
             MEASURES[name](y[:, :3], np.pad(x, [(0, 0)] * 2 + [(0, 1)]))
         )

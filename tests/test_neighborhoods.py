@@ -1,5 +1,6 @@
 """Statistics of neighbour lists against loops that say the same."""
 
+import itertools
 import time
 
 import numpy as np
@@ -191,6 +192,44 @@ def test_striking_tokens_are_readable_and_mixed():
     lists = np.zeros((3, 2), np.int32)
     found = neighborhoods.striking(lists, np.arange(3), pieces, ["Latin"] * 3)
     assert [pieces[i] for i in found] == ["sing", "water"]
+
+
+def lists_with_a_hub(rng, n, k, hub):
+    """Each row first, the hub with it, and others at random."""
+    lists = []
+    for row in range(n):
+        near = [row] + [hub] * (row != hub)
+        others = np.setdiff1d(np.arange(n), near)
+        lists.append(near + rng.choice(others, k - len(near), replace=False).tolist())
+    return np.array(lists)
+
+
+def test_relabelled_hubs_stay_hubs(rng):
+    lists, new = lists_with_a_hub(rng, 40, 5, hub=7), rng.permutation(40)
+    lists[3, 4] = -1
+    found = neighborhoods._relabelled(lists, new)
+    times, before = (np.bincount(x[x >= 0], minlength=40) for x in (found, lists))
+    assert before[7] == 40  # in every list
+    np.testing.assert_array_equal(times[new], before)
+    np.testing.assert_array_equal(found[:, 0], np.arange(40))  # rows go with their ids
+    assert found[new[3], 4] == -1
+
+
+def test_chance_is_that_of_all_relabellings(rng):
+    n = 5
+    a, b = (lists_with_a_hub(rng, n, 3, hub) for hub in (1, 4))
+    every = []
+    for new in itertools.permutations(range(n)):
+        moved = {new[row]: {new[i] for i in b[row]} for row in range(n)}
+        every.append(np.mean([len(set(a[row]) & moved[row]) for row in range(n)]))
+    found = neighborhoods.shared_by_chance(a, b, permutations=2000)
+    assert np.min(np.abs(found[:, None] - every), axis=1).max() < 1e-12
+    values, share = np.unique(np.round(every, 9), return_counts=True)
+    assert len(values) > 2
+    share = share / len(every)
+    drawn = np.mean(np.round(found, 9)[:, None] == values, axis=0)
+    # Four standard errors of each share of 2,000 draws.
+    assert np.all(np.abs(drawn - share) < 4 * np.sqrt(share * (1 - share) / 2000))
 
 
 def test_frequencies_are_read_by_token(tmp_path):

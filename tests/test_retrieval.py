@@ -47,6 +47,47 @@ def test_every_method_orders_by_its_formula(rng, method):
     np.testing.assert_allclose(found.scores, best, atol=2e-5)
 
 
+def test_a_margin_over_what_is_not_positive_is_none(rng):
+    """Its ratio would be largest for the pairs that lie farthest apart."""
+    x, y = (np.abs(rng.normal(size=(9, 4))) for _ in range(2))
+    found = retrieval.translate(x, -y, k=3, method="margin_ratio")
+    assert (found.indices == -1).all() and np.isnan(found.scores).all()
+    assert len(retrieval.mine_bitext(x, -y).pairs) == 0
+    y[2:] *= -1  # the first two are all that is near anything
+    found = retrieval.translate(x, y, k=2, method="margin_ratio", neighborhood=2)
+    np.testing.assert_array_equal(np.sort(found.indices, 1), [[0, 1]] * 9)
+    assert len(retrieval.mine_bitext(x, y, k=2).pairs) > 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_margins_of_few_centred_rows_are_defined(n, seed):
+    """Their cosines are about as often negative; of two the mean is exactly zero."""
+    rng = np.random.default_rng(seed)
+    x, y = (z - z.mean(0) for z in rng.normal(size=(2, n, 6)))
+    cosine = unit(x) @ unit(y).T
+    near = (cosine.mean(1)[:, None] + cosine.mean(0)) / 2
+    assert ((near > 1e-4) | (near < 1e-7)).all()  # far from where rounding decides
+    expected = np.where(near > 1e-6, cosine / np.where(near > 1e-6, near, 1), -np.inf)
+    found = retrieval.translate(x, y, k=n, method="margin_ratio", neighborhood=4)
+    order = np.argsort(-expected, axis=1)
+    best = np.take_along_axis(expected, order, 1)
+    there = best > -np.inf
+    np.testing.assert_array_equal(found.indices, np.where(there, order, -1))
+    np.testing.assert_allclose(found.scores, np.where(there, best, np.nan), rtol=1e-2)
+    assert there.any() == (n > 2)
+
+
+def test_sides_that_do_not_fit_are_named_in_their_own_terms(rng):
+    x = rng.normal(size=(5, 3))
+    for left, right in [(x, x[:0]), (x[:0], x), (x, x[:, :2]), (x[0], x)]:
+        for ask in (retrieval.translate, retrieval.mine_bitext):
+            with pytest.raises(ValueError, match="`source` and `target` must be rows"):
+                ask(left, right)
+    with pytest.raises(ValueError, match="`k` must be at least 1; got 0"):
+        retrieval.mine_bitext(x, x, k=0)
+
+
 @pytest.mark.parametrize("method", retrieval.METHODS)
 def test_words_without_a_vector_are_nobodys_translation(rng, method):
     x, y = (rng.normal(size=(12, 6)).astype("f") for _ in range(2))
@@ -58,7 +99,8 @@ def test_words_without_a_vector_are_nobodys_translation(rng, method):
     left, right = np.delete(x, 3, axis=0), np.delete(y, [0, 7], axis=0)
     alone = retrieval.translate(left, right, k=10, method=method, neighborhood=12)
     kept = np.delete(np.arange(12), [0, 7])
-    np.testing.assert_array_equal(rest[:, :10], kept[alone.indices])
+    expected = np.where(alone.indices < 0, -1, kept[alone.indices])
+    np.testing.assert_array_equal(rest[:, :10], expected)
     np.testing.assert_allclose(
         np.delete(found.scores, 3, axis=0)[:, :10], alone.scores, atol=2e-5
     )
@@ -203,6 +245,18 @@ def test_clusters_are_those_of_scikit_learn(rng):
         assert sklearn.metrics.adjusted_rand_score(labels, expected) == 1
 
 
+def test_languages_that_cannot_be_grouped_are_refused(rng):
+    x = rng.normal(size=(3, 4))
+    for centroids, clusters in [(x[:1], 1), (x, 0)]:
+        with pytest.raises(ValueError, match="At least two centroids and one cluster"):
+            retrieval.cluster_languages(centroids, clusters)
+    with pytest.raises(ValueError, match="finite and not zero"):
+        retrieval.cluster_languages(x * [[1], [0], [1]], 2)
+    for languages in (["a"], []):
+        with pytest.raises(ValueError, match="one for each row"):
+            retrieval.language_centroids(x[: 3 * len(languages)], languages)
+
+
 def test_mantel_counts_what_enumeration_counts(rng):
     a, b = (scipy.spatial.distance.pdist(rng.normal(size=(5, 2))) for _ in range(2))
     a, b = (scipy.spatial.distance.squareform(v) for v in (a, b))
@@ -230,8 +284,11 @@ def test_mantel_finds_agreement_and_its_absence(rng):
     assert retrieval.mantel(distances, far, permutations=199).p_value > 0.05
     unknown = distances.copy()
     unknown[0, 1] = unknown[1, 0] = np.nan
-    for undefined in (np.ones((12, 12)), unknown):
+    for undefined in (np.ones((12, 12)), np.full((12, 12), 0.1), unknown):
         assert np.isnan(retrieval.mantel(distances, undefined, permutations=9)).all()
+    for permutations in (-1, 0):
+        with pytest.raises(ValueError, match="`permutations` must be at least 1"):
+            retrieval.mantel(distances, far, permutations=permutations)
     with pytest.raises(ValueError, match="symmetric"):
         retrieval.mantel(distances, np.triu(distances))
     with pytest.raises(ValueError, match="at least 3"):
