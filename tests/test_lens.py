@@ -193,7 +193,8 @@ def test_the_encoder_of_a_pair_is_read_through_the_shared_embedding(tokens):
 @pytest.mark.parametrize("stack", ["encoder.", "decoder."])
 def test_a_lens_is_tuned_for_either_stack_of_a_pair(tokens, stack):
     model = t5()
-    inputs = {"decoder_tokens": tokens[:, :5], "decoder_attention_mask": tokens[:, :5]}
+    said = tokens[:, :5]
+    inputs = {"decoder_tokens": said, "decoder_attention_mask": said > 0}
     batches = [lens.Batch(tokens, tokens > 0, inputs)] * 20
     trained = lens.train_tuned_lens(model, batches, learning_rate=1e-2, stack=stack)
     assert trained.losses[-1] < 0.5 * trained.losses[0]
