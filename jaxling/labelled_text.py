@@ -118,6 +118,7 @@ def load_tokenizer(path_or_id: str, revision: str | None = None):
     import transformers
 
     folder = checkpoints.locate(path_or_id, revision, tokenizer_files.FILES)
+    tokenizer_files.check(folder)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError) as error:

@@ -1,8 +1,9 @@
 """The tokens and ids that a tokenizer's files hold, whatever the format.
 
-Only data are read (`tokenizer.json`, `vocab.txt`, a SentencePiece model); where a
-folder has none of them, transformers makes the tokenizer, without remote code. What
-the tokens mean to people is the business of `vocabulary`.
+They are as untrusted as the tensors beside them, and no link among them may leave the
+checkpoint's directory either. Only data are read (`tokenizer.json`, `vocab.txt`, a
+SentencePiece model); where a folder has none of them, transformers makes the tokenizer,
+without remote code. What the tokens mean to people is the business of `vocabulary`.
 """
 
 import json
@@ -10,6 +11,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+
+from jaxling.checkpoints import tensors
 
 # As transformers names them for the families that are handled.
 _VOCABULARIES = (
@@ -71,8 +74,9 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
 
     path = folder / "tokenizer.json"
     if path.exists():
+        content = _content(path)
         try:
-            found = tokenizers.Tokenizer.from_file(str(path))
+            found = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the only type it raises
             raise ValueError(f"{path} is no tokenizer: {error}") from None
     else:
@@ -90,7 +94,11 @@ def copy(folder: pathlib.Path, to: pathlib.Path) -> list[str]:
 
     There are none where `folder` has no tokenizer. `to` holds no other tokenizer
     afterwards.
+
+    Raises:
+      ValueError: as `check`. Nothing was copied or removed.
     """
+    check(folder)
     names = [name for name in _OWN if (folder / name).is_file()]
     if not folder.samefile(to):
         for name in _OWN:
@@ -100,27 +108,51 @@ def copy(folder: pathlib.Path, to: pathlib.Path) -> list[str]:
     return names
 
 
+def check(folder: pathlib.Path) -> None:
+    """Looks at what others will read: what is there are files, and inside `folder`.
+
+    Raises:
+      ValueError: one leads out of it, is no regular file, or is too long.
+    """
+    for path in (folder / name for name in FILES):
+        if path.exists():
+            _check(path)
+
+
+def _check(path: pathlib.Path) -> None:
+    tensors.inside(path.parent, path.name)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file.")
+    if (size := path.stat().st_size) > tensors.LONGEST_JSON:
+        raise ValueError(f"{path} has {size} bytes: too long for a tokenizer's file.")
+
+
+def _content(path: pathlib.Path) -> bytes:
+    _check(path)
+    return path.read_bytes()
+
+
 def _checked(pieces: Pieces, path: pathlib.Path) -> Pieces:
     if not pieces.ids:
         raise ValueError(f"{path} holds no token.")
     for token, i in pieces.ids.items():
         if type(i) is not int or not 0 <= i < _LARGEST_ID:
             raise ValueError(
-                f"{path}: the id of token {token!r} must be an integer in"
-                f" [0, {_LARGEST_ID}); got {i!r}."
+                f"{path}: the id of token {tensors.short(token)} must be an integer in"
+                f" [0, {_LARGEST_ID}); got {tensors.short(i)}."
             )
         try:
             token.encode("utf-8")
         except (AttributeError, UnicodeEncodeError):
             raise ValueError(
-                f"{path}: token {i} must be Unicode text; got {token!r}."
+                f"{path}: token {i} must be Unicode text; got {tensors.short(token)}."
             ) from None
     return pieces
 
 
 def _json(path: pathlib.Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(_content(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON in UTF-8: {error}.") from None
 
@@ -160,7 +192,7 @@ def _steps(step: Mapping[str, Any] | None, children: str) -> Iterator[str]:
 def _lines(path: pathlib.Path) -> Pieces:
     """What `vocab.txt` says: WordPiece, one token a line."""
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        lines = _content(path).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8: {error}.") from None
     tokens = [line.rstrip("\r") for line in lines]
@@ -178,8 +210,9 @@ def _sentencepiece(path: pathlib.Path) -> Pieces:
     """
     ids: dict[str, int] = {}
     special = set()
+    content = _content(path)
     try:
-        pieces = [m for field, m in _fields(path.read_bytes()) if field == 1]
+        pieces = [m for field, m in _fields(content) if field == 1]
         for i, piece in enumerate(dict(_fields(message)) for message in pieces):
             text = piece[1].decode("utf-8")
             ids.setdefault(text, i)
@@ -222,6 +255,8 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+        if shift > 63:
+            raise ValueError(f"an integer of more than ten bytes ends at byte {at}")
 
 
 def _added(content: Any, path: pathlib.Path) -> dict[str, int]:
@@ -244,6 +279,7 @@ def _by_transformers(folder: pathlib.Path) -> Any:
         )
     import transformers
 
+    check(folder)
     try:
         return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

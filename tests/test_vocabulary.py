@@ -1,14 +1,18 @@
 """Tokens as people read them, from every kind of tokenizer file."""
 
 import json
+import os
 import pathlib
+import random
 import shutil
+import time
 
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from jaxling import labelled_text, tokenizer_files
 from jaxling import vocabulary as room
 from jaxling.vocabulary import (
     load_vocabulary,
@@ -245,6 +249,100 @@ def test_a_damaged_file_is_named_in_one_error(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ValueError, match="tokenizer.json"):
         load_vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "spiece.model"])
+def test_a_tokenizer_may_not_lead_out_of_its_directory(tmp_path, folders, name):
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    inside.mkdir()
+    shutil.copy(folders["wordpiece"] / "tokenizer.json", outside)
+    (inside / name).symlink_to(outside)
+    (tmp_path / "copy").mkdir()
+    for read in (
+        load_vocabulary,
+        room.load_tokenizer,
+        labelled_text.load_tokenizer,
+        lambda path: tokenizer_files.copy(path, tmp_path / "copy"),
+    ):
+        with pytest.raises(ValueError, match=f"'{name}' leads out of"):
+            read(inside)
+    assert not list((tmp_path / "copy").iterdir())
+    # The hub's cache keeps what it fetched in blobs/, linked from the snapshot.
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "blobs").mkdir()
+    shutil.move(outside, snapshot.parents[1] / "blobs" / "5678")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/5678")
+    expected = load_vocabulary(folders["wordpiece"]).strings
+    assert load_vocabulary(snapshot).strings == expected
+    assert room.load_tokenizer(snapshot).get_vocab_size() == len(expected)
+
+
+def test_what_is_no_file_or_too_long_is_not_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "vocab.txt")
+    with pytest.raises(ValueError, match="vocab.txt is not a regular file"):
+        load_vocabulary(tmp_path)
+    (tmp_path / "vocab.txt").unlink()
+    with open(tmp_path / "vocab.txt", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="vocab.txt has 1099511627776 bytes: too long"):
+        load_vocabulary(tmp_path)
+
+
+def test_an_integer_without_end_is_refused_at_once(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(b"\xff" * 5_000_000)
+    began = time.process_time()
+    with pytest.raises(ValueError, match="spiece.model .* more than ten bytes"):
+        load_vocabulary(tmp_path)
+    assert time.process_time() - began < 5  # minutes, where all are summed up
+
+
+def test_mutated_files_are_read_or_refused_in_one_paragraph(tmp_path, folders):
+    """Bits, cuts, repetitions and extremes in files of all three formats."""
+    pieces = [f"▁word{i}".encode() for i in range(60)]
+    message = b"".join(
+        b"\x0a" + bytes([len(piece) + 9])  # field 1: a message of
+        + b"\x0a" + bytes([len(piece)]) + piece  # its text,
+        + b"\x15\0\0\x80\x3f" + b"\x18\x01"  # its score, and its type
+        for piece in pieces
+    )  # fmt: skip
+    described = (folders["bytes"] / "tokenizer.json").read_bytes()
+    chance = random.Random(0)
+    extremes = [b"-1", b"9" * 25, b"null", b"[]", b'""', b"\xff" * 12, b"\0", b"\n"]
+    for name, whole in (
+        ("tokenizer.json", described),
+        ("vocab.txt", b"\n".join(pieces)),
+        ("spiece.model", message),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes(whole)
+        size, outcomes = len(load_vocabulary(folder).tokens), {True: 0, False: 0}
+        assert size >= 60
+        for _ in range(150):
+            data = bytearray(whole)
+            for _ in range(chance.choice([1, 1, 2, 5])):
+                at = chance.randrange(max(1, len(data)))
+                act = chance.randrange(4)
+                if act == 0 and data:
+                    data[at] ^= 1 << chance.randrange(8)
+                elif act == 1:
+                    del data[at : at + chance.choice([1, 20, len(data)])]
+                elif act == 2:
+                    data[at:at] = whole[: chance.randrange(1, 60)]
+                else:
+                    data[at : at + 1] = chance.choice(extremes)
+            (folder / name).write_bytes(data)
+            try:
+                found = load_vocabulary(folder)
+            except ValueError as error:
+                told = str(error)
+                assert name in told and "\n" not in told and len(told) < 2000, told
+                outcomes[False] += 1
+            else:
+                assert len(found.tokens) == len(found.strings) == len(found.special)
+                outcomes[True] += 1
+        assert min(outcomes.values()) > 10, (name, outcomes)
 
 
 @pytest.mark.parametrize("config", ["{}", '{"model_type": "gpt2"}'])
