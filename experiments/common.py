@@ -5,6 +5,7 @@ A flag has one meaning in all scripts. One that two scripts use is defined here.
 
 import importlib.metadata
 import json
+import logging as py_logging
 import math
 import os
 import pathlib
@@ -12,6 +13,7 @@ import platform
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -481,7 +483,14 @@ def launch(main: Callable[[list[str]], None]) -> None:
         except (ValueError, OSError, ImportError) as error:
             if logging.get_verbosity() >= logging.DEBUG:
                 raise
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            told = str(error)
+            if isinstance(error, OSError) and error.filename and error.strerror:
+                told = f"{error.filename}: {error.strerror}."
+            print(f"error: {' '.join(told.split())}", file=sys.stderr)
             sys.exit(1)
 
+    # Neither is news: that there is no TPU, and no torch beside transformers.
+    py_logging.getLogger("jax._src.xla_bridge").setLevel(py_logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     app.run(guarded)

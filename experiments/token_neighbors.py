@@ -83,6 +83,10 @@ def main(argv: list[str]) -> None:
     # Rows beyond the last token belong to nobody; an id may lack a token, or a row.
     count = min(len(words.tokens), checkpoint.shape(name)[0])
     absent = np.flatnonzero(~words.present[:count])
+    if common.K.value and k >= count:
+        raise ValueError(
+            f"--k must be less than the {count:,} tokens of {model}; got {k:,}."
+        )
     queries = _queries(words, count)
     dictionary = _dictionary(model)
     frequencies = None
@@ -145,8 +149,11 @@ def main(argv: list[str]) -> None:
         ),
     }
     occurrence = np.asarray(kernels.k_occurrence(ids, count))
-    summary, starts = _describe(
+    summary = _describe(
         run.workdir, tokens, labels, queries, ids, occurrence, dictionary, frequencies
+    )
+    starts = neighborhoods.striking(
+        ids, distances, queries, tokens, labels["writing_system"]
     )
     summary["tensor"] = name
     summary["without_direction"] = [tokens[i] for i in undirected if words.present[i]]
@@ -225,8 +232,8 @@ def _describe(
     occurrence: np.ndarray,
     dictionary: list[tuple[str, str]] | None,
     frequencies: np.ndarray | None,
-) -> tuple[dict, list[int]]:
-    """The summary, and tokens to start from; draws the pictures on the way."""
+) -> dict:
+    """The summary; draws the pictures on the way."""
     paper = _CONVENTIONS.value == "paper"
     chosen = "category" if paper else "writing_system"
     plural = {"category": "categories", "writing_system": "writing systems"}
@@ -313,8 +320,7 @@ def _describe(
                 k: found.rate_at(k) for k in (1, 5, 10, 20) if k <= ids.shape[1]
             },
         }
-    starts = neighborhoods.striking(ids, queries, tokens, labels["writing_system"])
-    return summary, starts
+    return summary
 
 
 def _save_table(workdir, tokens, labels, queries, ids, distances, occurrence) -> None:
@@ -353,9 +359,10 @@ def _show(tokens, systems, queries, ids, starts, summary) -> None:
         title = f"{kind.replace('_', ' ')} among {summary['counted']}"
         numbers.append([title, summary[kind]["mean"], f"sd {summary[kind]['std']:.3f}"])
     hubs = summary["hubness"]
-    numbers.append(
-        ["share of tokens in no list", hubs["antihub_occurrence"], "antihubs"]
-    )
+    # The lists of a small sample have no room for all tokens.
+    if summary["queries"] * summary["k"] >= summary["tokens"]:
+        share = hubs["antihub_occurrence"]
+        numbers.append(["share of tokens in no list", share, "antihubs"])
     (_, token, most), *_ = hubs["hubs"]
     numbers.append(["lists that hold the most frequent neighbour", most, token])
     if "translations" in summary:

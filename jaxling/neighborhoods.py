@@ -87,6 +87,7 @@ def spread(values: np.ndarray) -> Spread:
 
 def striking(
     indices: np.ndarray,
+    distances: np.ndarray,
     queries: np.ndarray,
     tokens: Sequence[str],
     systems: Sequence[str],
@@ -95,6 +96,7 @@ def striking(
 ) -> list[int]:
     """Ids of readable tokens whose neighbours span most writing systems, widest first.
 
+    Of tokens that span as many, those with the nearest neighbours come first.
     Digits, symbols and bytes among the neighbours do not count. Readable is a token
     that begins a word, where the vocabulary tells, and has three letters at least (two
     where a letter is a syllable or a word). No writing system takes more than a quarter
@@ -107,7 +109,8 @@ def striking(
     first: list[int] = []
     rest: list[int] = []
     share: dict[str, int] = {}
-    for i in np.asarray(queries)[np.argsort(-spans, kind="stable")].tolist():
+    far = np.mean(distances, axis=1)  # NaN, where a neighbour is missing, comes last
+    for i in np.asarray(queries)[np.lexsort((far, -spans))].tolist():
         token, system = tokens[i], systems[i]
         dense = system in _DENSE
         begins = dense or (token.startswith(SPACE) if marked else token[:1].isalpha())

@@ -46,21 +46,26 @@ def independent(tasks: Sequence[tuple], *, classes: int = 2) -> Problems:
 
 
 def multinomial(labels, *, classes: int | None = None) -> Problems:
-    """One problem: `labels` `[n]` in 0..classes-1, all at once; -1 is left out."""
-    labels = np.asarray(labels)
-    if classes is None:
-        classes = int(labels.max(initial=-1)) + 1
+    """One problem: `labels` `[n]` in 0..classes-1, all at once; -1 is left out.
+
+    Raises:
+      ValueError: `labels` are no such integers.
+    """
+    labels, classes = _checked(labels, classes)
     return independent([_labelled(labels)], classes=classes)
 
 
 def one_vs_rest(labels, *, classes: int | None = None) -> Problems:
     """A problem per class of `labels` `[n]`: the class against all others.
 
-    Rows with label -1 are left out. Problem c is class c.
+    Labels are integers in 0..classes-1; rows with label -1 are left out. Problem c is
+    class c.
+
+    Raises:
+      ValueError: `labels` are no such integers.
     """
-    rows, labels = _labelled(np.asarray(labels))
-    if classes is None:
-        classes = int(labels.max(initial=-1)) + 1
+    labels, classes = _checked(labels, classes)
+    rows, labels = _labelled(labels)
     columns = labels == np.arange(classes)[:, None]
     return Problems((Tile(rows, np.arange(classes), columns.astype(np.int8)),), classes)
 
@@ -70,10 +75,13 @@ def one_vs_one(labels, *, keep=None) -> Problems:
 
     `keep` `[s, n]` makes s draws: in draw s only its rows take part (seeds of a
     balanced subsample). Problems are ordered by draw, then by pair, pairs as in
-    `numpy.triu_indices(classes, 1)`. Rows with label -1 are left out.
+    `numpy.triu_indices(classes, 1)`. Labels are integers from 0 on; rows with label -1
+    are left out.
+
+    Raises:
+      ValueError: `labels` are no such integers.
     """
-    labels = np.asarray(labels)
-    classes = int(labels.max(initial=-1)) + 1
+    labels, classes = _checked(labels, None)
     if keep is None:
         keep = np.ones((1, len(labels)), bool)
     keep = np.asarray(keep, bool)
@@ -173,6 +181,21 @@ def _folded(problems: Problems, folds, count, *, held_out: bool) -> Problems:
             )
         )
     return Problems(tuple(tiles), problems.count * count, problems.classes)
+
+
+def _checked(labels, classes: int | None) -> tuple[np.ndarray, int]:
+    """Labels `[n]`, and how many classes they are of."""
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            "`labels` must be integers [n], from 0 on, or -1 for a row without a class;"
+            f" got {labels.dtype} {labels.shape}."
+        )
+    low, high = int(labels.min(initial=0)), int(labels.max(initial=-1))
+    if low < -1 or (classes is not None and high >= classes):
+        limit = "" if classes is None else f" and below `classes` = {classes}"
+        raise ValueError(f"`labels` must be >= -1{limit}; got {low}..{high}.")
+    return labels, high + 1 if classes is None else classes
 
 
 def _labelled(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -307,5 +307,11 @@ def test_what_is_wrong_is_named(rng):
     ):
         wrong = (tile._replace(**{name: value}), *problems.tiles[1:])
         refused(match, problems=problems._replace(tiles=wrong))
+    for build in (kernels.one_vs_rest, kernels.one_vs_one, kernels.multinomial):
+        for wrong in (labels + 0.5, labels.astype(str), labels[None], labels - 2):
+            with pytest.raises(ValueError, match="`labels` must be"):
+                build(wrong)
+    with pytest.raises(ValueError, match="below `classes` = 1"):
+        kernels.one_vs_rest(labels, classes=1)
     huge = jnp.asarray(x) * 1e30
     assert not np.asarray(kernels.fit_logistic(huge, problems).converged).all()

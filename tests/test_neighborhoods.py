@@ -182,15 +182,23 @@ def test_striking_tokens_are_readable_and_mixed():
     wide, narrow, digits = [0, 3, 6], [3, 3, 6], [7, 7, 3]
     lists = np.array([wide, wide, wide, wide, narrow, digits, narrow, wide, [0, 8, -1]])
     queries = np.arange(9)
-    found = neighborhoods.striking(lists, queries, words, systems, top=4)
+    far = np.full(lists.shape, 0.5)
+    found = neighborhoods.striking(lists, far, queries, words, systems, top=4)
     # Widest first, one of each system, then others: no fragment, no number. Numbers
     # among the neighbours are no writing system.
     assert [words[i] for i in found] == ["▁king", "▁мир", "水火", "▁два"]
-    found = neighborhoods.striking(lists[:0], np.arange(0), words, systems)
-    assert found == []
+    # Of equally wide ones the closest; a list with an empty place comes last.
+    for i, value in ((3, 0.25), (0, np.nan)):
+        other = far.copy()
+        other[i] = value
+        found = neighborhoods.striking(lists, other, queries, words, systems, top=4)
+        assert [words[i] for i in found] == ["▁мир", "▁king", "水火", "▁два"]
+    none = neighborhoods.striking(lists[:0], far[:0], np.arange(0), words, systems)
+    assert none == []
     pieces = ["##ing", "sing", "water"]
     lists = np.zeros((3, 2), np.int32)
-    found = neighborhoods.striking(lists, np.arange(3), pieces, ["Latin"] * 3)
+    far = np.zeros((3, 2))
+    found = neighborhoods.striking(lists, far, np.arange(3), pieces, ["Latin"] * 3)
     assert [pieces[i] for i in found] == ["sing", "water"]
 
 

@@ -323,7 +323,8 @@ def test_killed_at_any_instant_it_resumes_to_the_same_bytes(job, model, tmp_path
     "arguments, message",
     [
         (["--model=/nowhere"], "nowhere"),
-        (["--dictionary=/nowhere.txt"], "/nowhere.txt"),
+        (["--dictionary=/nowhere.txt"], "/nowhere.txt: No such file"),
+        (["--k=20000"], "--k must be less than the"),
         (["--workdir=/dev/null/run"], "/dev/null/run"),
     ],
 )
