@@ -16,8 +16,9 @@ Figures 7 and 8 of Hyperpolyglot LLMs (Wen-Yi and Mimno, 2023,
 https://arxiv.org/abs/2311.18034). For every token that all models have, its 100 nearest
 (cosine, itself among them) inside that shared set are found in each model; the overlap
 is in per cent of the list. The band of chance, which the paper lacks, is what remains
-when one model's tokens are relabelled at random: hubs stay hubs, and the token itself
-is in both lists, which is 1 of the 100. The angle is the cosine of the smallest
+when one model's tokens are relabelled at random, from the least to the most of
+--permutations such draws: hubs stay hubs, and the token itself is in both lists, which
+is 1 of the 100. The angle is the cosine of the smallest
 principal angle between the column spaces, an upper bound on all others; --center
 subtracts the mean row first (the paper does not say). It is 1 by necessity where two
 spaces have more columns together than there are shared tokens. Tokens whose vector is
@@ -201,7 +202,10 @@ def _report(workdir, models, rows, baseline, k, tokens) -> None:
                 [[0.0, row["chance_high"] - row["chance_percent"]] for row in rows],
             ]
         ).swapaxes(1, 2),
-        title=f"Neighbours of {tokens:,} tokens, against {relabelled} relabellings",
+        title=(
+            f"Neighbours of {tokens:,} tokens; band: least to most of {relabelled}"
+            " relabellings"
+        ),
         value_label=f"% of {k}",
     )
 

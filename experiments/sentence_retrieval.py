@@ -12,8 +12,9 @@ A sentence's vector is the mean of its tokens' vectors. For every layer and pair
 languages: accuracy (the nearest sentence by cosine is the translation; mean of both
 directions), and F1 of mining by ratio margin, best in both directions, decided on
 indices (Artetxe & Schwenk, 2019; Jones et al., 2021). --center takes each language's
-mean away. Chance is one over the number of sentences. The best layer, of all pairs and
-of each, is the first that has the highest accuracy.
+mean away, for more than the 4 sentences that the margin averages over: of fewer, little
+is left to compare it to. Chance is one over the number of sentences. The best layer, of
+all pairs and of each, is the first that has the highest accuracy.
 """
 
 import collections
@@ -28,17 +29,25 @@ from jaxling.report import plots, tables
 from . import common
 
 _TEXTS = 150
+_NEIGHBORHOOD = 4
 
 
 def main(argv: list[str]) -> None:
     """Retrieves at every layer, writes the table, the curves and the best heat-map."""
     del argv
     name, most = common.MODEL.value, common.PER_LANGUAGE.value or _TEXTS
+    common.refuse(["models"], "one model is asked: see --model.")
+    common.refuse(["k"], "the one nearest counts, and margins average over 4.")
     languages = common.LANGUAGES.value
     if common.PARALLEL.value:
         texts = parallel_text.read_parallel(common.PARALLEL.value, languages, most)
     else:
         texts = parallel_text.demo_parallel(languages, most)
+    if common.CENTER.value and len(texts.items) <= _NEIGHBORHOOD:
+        raise ValueError(
+            f"--center needs more than {_NEIGHBORHOOD} texts that all languages have;"
+            f" got {len(texts.items)}: see --per_language and --languages."
+        )
     tokenizer = labelled_text.load_tokenizer(name, common.REVISION.value)
     model = models.load(name, revision=common.REVISION.value, dtype="float32")
     run = common.begin("sentence_retrieval", {"items": texts.items})
@@ -50,7 +59,7 @@ def main(argv: list[str]) -> None:
     for a, b in itertools.combinations(names, 2):
         for layer in range(depth):
             x, y = spaces[a][layer], spaces[b][layer]
-            mined = retrieval.mine_bitext(x, y)
+            mined = retrieval.mine_bitext(x, y, k=_NEIGHBORHOOD)
             rows.append(
                 {
                     "source": a,

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.compute
 import pyarrow.parquet
 import pytest
 import safetensors.numpy
@@ -112,6 +113,16 @@ def test_angles_that_could_not_be_other_than_one_are_named(rng, tmp_path, capsys
         assert pair["first_angle"] == pytest.approx(1, abs=1e-5)
         said = capsys.readouterr().out
         assert "small and a random matrix; " in said and "than the 18 shared" in said
+
+
+def test_centring_takes_the_dimension_that_forces_an_angle(rng):
+    """18 columns together fit into 18 tokens, and not into the 17 that are left."""
+    a, b = rng.normal(size=(18, 4)), rng.normal(size=(18, 14))
+    for center in (False, True):
+        with flagsaver.flagsaver(center=center):
+            assert model_agreement._is_forced(18, a, b) == center
+            first = float(model_agreement._angles(a, b)[0])
+        assert (first > 1 - 1e-5) == center
 
 
 def test_vectors_that_are_not_finite_are_refused(rng, tmp_path):
@@ -223,14 +234,15 @@ def test_a_model_with_vectors_that_are_not_finite_is_refused(tmp_path):
     for text in (" " + word, " that"):
         rows[tokenizer(text, add_special_tokens=False)["input_ids"]] = np.inf
     safetensors.numpy.save_file(tensors | {name: rows}, path)
-    shared = dict(model=str(folder), languages=["eng", "ukr"], models=[])
-    for experiment, message in [
-        (sentence_retrieval, r"layer 0 that of item LUK\S* in eng is not"),
-        (layer_similarity, r"layer 0 that of item LUK\S* in eng is not"),
-        (lexicon_induction, r"of those of '\w+', \[[\d, ]+\], one is not"),
+    shared = dict(model=str(folder), languages=["eng", "ukr"])
+    text = r"layer 0 that of item LUK\S* in eng is not"
+    for experiment, given, message in [
+        (sentence_retrieval, dict(per_language=20), text),
+        (layer_similarity, dict(per_language=20, models=[]), text),
+        (lexicon_induction, {}, r"of those of '\w+', \[[\d, ]+\], one is not"),
     ]:
         workdir = str(tmp_path / experiment.__name__)
-        with flagsaver.flagsaver(workdir=workdir, per_language=20, **shared):
+        with flagsaver.flagsaver(workdir=workdir, **given, **shared):
             with pytest.raises(ValueError, match=message):
                 experiment.main([])
 
@@ -240,6 +252,15 @@ REFUSED = [
     (lexicon_induction, {"languages": ["eng", "xx"]}, r"No language \['xx'\]"),
     (lexicon_induction, {"train": "words"}, "--train and --test go together"),
     (lexicon_induction, {"model": "nowhere/x"}, "nowhere/x"),
+    (lexicon_induction, {"train": "a", "test": "b", "languages": ["eng"]}, "languages"),
+    (lexicon_induction, {"models": ["demo"]}, "--models has no meaning"),
+    (lexicon_induction, {"k": 5}, "--k has no meaning"),
+    (lexicon_induction, {"center": True}, "--center has no meaning"),
+    (lexicon_induction, {"parallel": "x.tsv"}, "--parallel has no meaning"),
+    (lexicon_induction, {"per_language": 5}, "--per_language has no meaning"),
+    (sentence_retrieval, {"models": ["demo"]}, "--models has no meaning"),
+    (sentence_retrieval, {"k": 5}, "--k has no meaning"),
+    (sentence_retrieval, {"center": True, "per_language": 4}, "more than 4 texts"),
     (model_agreement, {"models": ["/nowhere"]}, "/nowhere"),
     (model_agreement, {"tensor": "nothing"}, "nothing"),
     (model_agreement, {"shared_with": ["/nowhere"]}, "/nowhere"),
@@ -273,11 +294,31 @@ def test_dictionaries_of_muse_are_asked_and_their_gaps_named(tmp_path):
         lexicon_induction.main([])
     table = pyarrow.parquet.read_table(tmp_path / "run" / "induction.parquet")
     assert set(table["candidates"].to_pylist()) == {5}  # fewer than the 10 of P@10
-    assert set(table["p10"].to_pylist()) == {1.0}
+    found = table.filter(pyarrow.compute.field("method") != "margin_ratio")
+    assert set(found["p10"].to_pylist()) == {1.0}  # five centred words have no margin
     train.write_text("one two three\n", "utf-8")
     with flagsaver.flagsaver(workdir=str(tmp_path / "bad"), **files):
         with pytest.raises(ValueError, match="line 1"):
             lexicon_induction.main([])
+
+
+def test_a_dictionary_without_words_that_have_vectors_is_refused_first(rng, tmp_path):
+    known, unknown = tmp_path / "known.txt", tmp_path / "unknown.txt"
+    known.write_text("worda wordb\n", "utf-8")
+    unknown.write_text("worda nothing\nno wordb\n", "utf-8")
+    write_space(tmp_path / "model", ["[UNK]", *_SHARED], rng.normal(size=(21, 4)))
+    run = tmp_path / "run"
+    for train, test, message in [
+        (unknown, known, "source to target: of 2 training pairs none"),
+        (known, unknown, "source to target: of 2 test pairs none"),
+    ]:
+        files = {"train": str(train), "test": str(test)}
+        with flagsaver.flagsaver(
+            model=str(tmp_path / "model"), workdir=str(run), **files
+        ):
+            with pytest.raises(ValueError, match=message):
+                lexicon_induction.main([])
+        assert not run.exists()
 
 
 def test_parallel_files_are_read_and_refused(tmp_path):
