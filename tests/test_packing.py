@@ -148,6 +148,9 @@ def test_a_plain_array_is_one_stream(tmp_path, rng):
         ([], "no token"),
         ([[], []], "no token"),
         ([training.Document([1, 2], [True])], "2 tokens and 1 targets"),
+        ([[1], [1.7]], "Document 1 holds float64; tokens must be integers"),
+        ([training.Document([1, 2, 3], [0.5, 2, -1])], "targets of float64"),
+        ([training.Document([1, 2], [0, 2])], "targets of int64; .*True or False"),
     ],
 )
 def test_bad_documents_are_named(tmp_path, documents, message):
@@ -155,6 +158,49 @@ def test_bad_documents_are_named(tmp_path, documents, message):
         training.write_tokens(tmp_path / "t", documents, vocabulary_size=97)
     with pytest.raises(FileNotFoundError, match="no token file"):
         training.open_tokens(tmp_path / "t")
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_what_is_no_token_file_is_not_written_over(tmp_path, kind):
+    path = tmp_path / "thesis"
+    if kind == "directory":
+        path.mkdir()
+        (path / "chapter").write_text("years of work")
+    else:
+        path.write_text("years of work")
+    with pytest.raises(ValueError, match="thesis is there and no token file"):
+        training.write_tokens(path, [[1, 2]], vocabulary_size=97)
+    kept = path / "chapter" if kind == "directory" else path
+    assert kept.read_text() == "years of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis"]
+
+
+def test_a_token_file_is_replaced_when_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "t"
+    training.write_tokens(path, [[1, 2]], vocabulary_size=97)
+    with pytest.raises(ValueError, match="holds token 97"):
+        training.write_tokens(path, [[3], [97]], vocabulary_size=97)
+    assert training.open_tokens(path).tokens.tolist() == [1, 2]
+    training.write_tokens(path, [[3, 4, 5]], vocabulary_size=97)
+    assert training.open_tokens(path).tokens.tolist() == [3, 4, 5]
+    assert [p.name for p in tmp_path.iterdir() if "former" in p.name] == []
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_predicted_tokens_are_counted_as_batches_have_them(
+    tmp_path, rng, chosen, length
+):
+    documents = [
+        training.Document(ids, rng.integers(0, 2, len(ids)).astype(bool))
+        if chosen
+        else ids
+        for ids in documents_of(rng)
+    ]
+    file = training.write_tokens(tmp_path / "t", documents, vocabulary_size=97)
+    batches = packing.evaluation_batches(file, rows=4, length=length)
+    expected = sum(int(batch.targets.sum()) for batch in batches)
+    assert packing.predicted(file, length) == expected
 
 
 def damaged(path, kind):

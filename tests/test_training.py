@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxling import models, training
 from jaxling.models.decoder import Decoder
 from jaxling.training import packing, recipe, steps
+from jaxling.training.snapshots import Snapshots
 
 CONFIG, RECIPE = training_run.CONFIG, training_run.RECIPE
 
@@ -255,6 +256,31 @@ def test_killed_and_resumed_is_as_if_never_killed(tmp_path):
     for name in ("loss", "gradient_norm", "learning_rate", "targets", "epoch"):
         ours, theirs = ([r[name] for r in lines(d)] for d in (torn, whole))
         assert ours == theirs, name
+    ours, theirs = (Snapshots(d / "snapshots").restore().arrays for d in (torn, whole))
+    assert ours.keys() == theirs.keys()
+    for name, found in ours.items():
+        np.testing.assert_array_equal(found, theirs[name], err_msg=name)
+
+
+def test_rounded_products_and_parts_are_resumed_to_the_bit(file, tmp_path, monkeypatch):
+    settings = RECIPE._replace(steps=16, dtype="bfloat16", accumulate=2)
+    whole, torn = new_model(), new_model()
+    run(whole, file, tmp_path / "whole", settings)
+
+    def stop(settings, step, rate=recipe.learning_rate):
+        if step == 11:
+            raise KeyboardInterrupt
+        return rate(settings, step)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(recipe, "learning_rate", stop)
+        run(torn, file, tmp_path / "torn", settings)
+    assert os.listdir(tmp_path / "torn" / "snapshots") == ["7"]
+    run(torn, file, tmp_path / "torn", settings)
+    assert losses(tmp_path / "torn") == losses(tmp_path / "whole")
+    expected = parameters_of(whole)
+    for name, found in parameters_of(torn).items():
+        np.testing.assert_array_equal(found, expected[name], err_msg=name)
 
 
 @pytest.fixture
@@ -322,9 +348,17 @@ def test_another_run_is_refused(finished, file, tmp_path):
     other = training.write_tokens(tmp_path / "other", [[1, 2, 3]], vocabulary_size=97)
     with pytest.raises(ValueError, match="tokens was"):
         run(new_model(), other, finished, RECIPE._replace(steps=21))
-    with pytest.raises(ValueError, match="another model.*mlp"):
-        model = new_model(intermediate_size=48)
-        run(model, file, finished, RECIPE._replace(steps=21))
+    # Of other shapes, of equal shapes and another meaning, and of other weights.
+    others = {
+        "config.intermediate_size was 32 and is now 48": new_model(
+            intermediate_size=48
+        ),
+        "config.rope_theta was None and is now 500.0": new_model(rope_theta=500.0),
+        "first parameters was": models.build(CONFIG, jax.random.key(1)),
+    }
+    for message, model in others.items():
+        with pytest.raises(ValueError, match=message):
+            run(model, file, finished, RECIPE._replace(steps=21))
 
 
 @pytest.mark.parametrize("every, good", [(1, 10), (4, 8), (11, None)])
@@ -343,6 +377,32 @@ def test_a_loss_that_is_no_number_stops_the_run(
     if good:
         run(new_model(), file, tmp_path)
         assert sorted(losses(tmp_path)) == list(range(1, RECIPE.steps + 1))
+
+
+def test_the_last_step_is_judged_too(file, tmp_path, monkeypatch):
+    """Step 9 of 9 ruins the parameters, and no loss comes after it."""
+    monkeypatch.setattr(
+        recipe, "learning_rate", lambda _, step: np.inf if step == 8 else 1e-3
+    )
+    settings = RECIPE._replace(steps=9)
+    with pytest.raises(training.Diverged, match="Step 9 left .*snapshots/7 is good"):
+        run(new_model(), file, tmp_path, settings)
+    assert os.listdir(tmp_path / "snapshots") == ["7"]
+    monkeypatch.undo()
+    assert run(new_model(), file, tmp_path, settings).step == 9
+
+
+def test_an_evaluation_that_is_no_number_stops_the_run(file, tmp_path, monkeypatch):
+    """Step 8 ruins the parameters, which are evaluated before they are kept."""
+    monkeypatch.setattr(
+        recipe, "learning_rate", lambda _, step: np.inf if step == 7 else 1e-3
+    )
+    options = dict(snapshot_every=4, evaluations={"all": file}, evaluate_every=8)
+    with pytest.raises(
+        training.Diverged, match="After step 8 the loss on 'all' is nan.*/4 is good"
+    ):
+        run(new_model(), file, tmp_path, **options)
+    assert np.isnan(training.Evaluation(np.nan, 1).perplexity)
 
 
 def test_transformers_opens_the_export_with_the_same_logits(file, tmp_path):
@@ -488,12 +548,16 @@ def test_olmo_s_optimiser_is_that_of_its_published_config():
     "changes, message",
     [
         (dict(steps=0), "`steps` must be at least 1; got 0"),
+        (dict(steps=2.5), "`steps` must be a whole number; got 2.5"),
+        (dict(batch=8.0), "`batch` must be a whole number; got 8.0"),
+        (dict(decay_steps=-5), "`decay_steps` must be at least 0; got -5"),
+        (dict(seed=-1), "`seed` must be at least 0; got -1"),
         (dict(length=1), "`length` must be at least 2"),
         (dict(length=65), "65 is longer than the 64 positions"),
         (dict(accumulate=3), "`batch` must be a multiple of `accumulate`; got 8 and 3"),
         (dict(learning_rate=0.0), "`learning_rate` must be above 0; got 0.0"),
         (dict(learning_rate=float("nan")), "`learning_rate` must be above 0"),
-        (dict(warmup_steps=-1), "`warmup_steps` must not be negative"),
+        (dict(warmup_steps=-1), "`warmup_steps` must be at least 0"),
         (dict(beta2=1.0), r"`beta2` must be in \[0, 1\); got 1.0"),
         (dict(final_rate=2.0), r"`final_rate` must be in \[0, 1\]"),
         (dict(clip=0.0), "`clip` must be above 0"),
@@ -502,6 +566,10 @@ def test_olmo_s_optimiser_is_that_of_its_published_config():
         (dict(rates=(("(", 1.0),)), "no regular expression"),
         (dict(rates=(("embed", -1.0),)), "must be >= 0; got -1.0"),
         (dict(rates=(("nothing", 1.0),)), "'nothing' is for no parameter.*embedding"),
+        (
+            dict(rates=(("embed", 0.5), ("embedding", 1.0))),
+            r"'embedding' is for no parameter: a pattern before it .*\(embedding\)",
+        ),
         (dict(rates=((".", 0.0),)), "nothing is left to train"),
     ],
 )
@@ -530,6 +598,13 @@ def test_text_without_a_target_is_refused(tmp_path):
     lone = training.write_tokens(tmp_path / "lone", [[5], [6]], vocabulary_size=97)
     with pytest.raises(ValueError, match="no token to predict"):
         training.evaluate(new_model(), lone, RECIPE)
+    # The first tokens of a document, and of each row that a long one is cut into.
+    firsts = training.Document(list(range(64)), [k % 32 == 0 for k in range(64)])
+    cut = training.write_tokens(tmp_path / "cut", [firsts], vocabulary_size=97)
+    for file in (lone, cut):
+        with pytest.raises(ValueError, match=f"{file.path} holds no token to predict"):
+            run(new_model(), file, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_damaged_token_file_is_refused_when_a_run_begins(tmp_path):

@@ -6,9 +6,11 @@ import math
 import os
 import pathlib
 import time
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -24,7 +26,7 @@ from .snapshots import Snapshots
 
 
 class Diverged(ValueError):
-    """The loss or its gradient is no number any more."""
+    """The loss, its gradient or a parameter is no number any more."""
 
 
 class Evaluation(NamedTuple):
@@ -36,7 +38,7 @@ class Evaluation(NamedTuple):
     @property
     def perplexity(self) -> float:
         """exp of the loss; infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
 
 class Outcome(NamedTuple):
@@ -105,11 +107,15 @@ def _evaluate(frame, parameters, file, recipe, mesh) -> Evaluation:
         part, count = steps.evaluation_step(frame, plain, mesh, parameters, placed)
         loss, targets = loss + float(part), targets + int(count)
     if not targets:
-        raise ValueError(
-            f"{file.path} holds no token to predict: every document is one token, or"
-            " none counts."
-        )
+        raise _nothing_to_predict(file)
     return Evaluation(loss / targets, targets)
+
+
+def _nothing_to_predict(file: TokenFile) -> ValueError:
+    return ValueError(
+        f"{file.path} holds no token to predict: every document is one token, or none"
+        " counts."
+    )
 
 
 def train(
@@ -138,8 +144,9 @@ def train(
     The same call on the same `workdir` resumes from the newest snapshot, and on the
     same device it gives the same losses to the last bit as a run that was never
     interrupted: the order of the documents follows from (seed, epoch), and nothing
-    else is random. A snapshot is kept only when the step after it had a finite loss.
-    Token files are verified when a run begins, not when it is resumed.
+    else is random. A snapshot is kept only when the step after it had a finite loss;
+    the last, when its parameters and its evaluations are finite. Token files are
+    verified when a run begins, not when it is resumed.
 
     Args:
       model: a decoder of `jaxling.models`; float32 parameters are what is trained, and
@@ -155,9 +162,11 @@ def train(
       progress: show a bar with loss, tokens per second and time left.
 
     Raises:
-      ValueError: the arguments do not fit together, `workdir` holds another run, all of
-        its snapshots are damaged, or a token file is.
-      Diverged: a loss is not finite; the message names the last good snapshot.
+      ValueError: the arguments do not fit together, `workdir` holds another run (other
+        settings, tokens, model or first parameters), all of its snapshots are damaged,
+        or a token file is, or has nothing to predict.
+      Diverged: a loss, of a step or an evaluation, or a parameter after the last step
+        is not finite; the message names the last good snapshot.
     """
     files = dict(evaluations or {})
     check(model, {"": file, **files}, recipe, mesh)
@@ -172,8 +181,13 @@ def train(
     frame, parameters = steps.take_apart(model)
     recipes.rate_factors(recipe, list(parameters))
     state = steps.initial_state(recipe, parameters)
-    identity = {"recipe": recipe._asdict(), "tokens": file.fingerprint}
-    identity = json.loads(json.dumps(identity))
+    identity = {
+        "recipe": recipe._asdict(),
+        "tokens": file.fingerprint,
+        "config": model.config,
+        "parameters": _checksum(parameters),
+    }
+    identity = json.loads(json.dumps(identity, default=str))
     saved = Snapshots(workdir / "snapshots", keep=keep)
     try:
         done, position = 0, packing.BEGINNING
@@ -181,6 +195,8 @@ def train(
         if found is None:
             for each in (file, *files.values()):
                 packing.verify_tokens(each)
+                if not packing.predicted(each, recipe.length):
+                    raise _nothing_to_predict(each)
         else:
             _check_identity(workdir, found.record["identity"], identity)
             state = snapshots.like(state, found.arrays)
@@ -227,10 +243,14 @@ def train(
                     run.held = step, snapshots.copied(state), position, run.loss
                 if last or (evaluate_every and step % evaluate_every == 0):
                     run.settle()
+                    if last:
+                        run.judge_parameters(step, state.parameters)
                     measured = measure(state.parameters)
+                    run.judge_evaluations(step, measured)
                     trail.evaluated(step, measured)
             if done == recipe.steps:
                 measured = measure(state.parameters)
+                run.judge_evaluations(step, measured)
             run.keep()
             steps.put_back(model, frame, state.parameters)
             rate = trail.tokens_per_second()
@@ -266,16 +286,34 @@ class _Run:
             },
         )
         if not finite:
-            self.saved.wait()
-            good = self.saved.newest()
-            where = "there is no snapshot yet" if good is None else f"{good} is good"
-            raise Diverged(
+            raise self._diverged(
                 f"The loss of step {step} is {self.loss} with gradient norm {norm} at"
-                f" learning rate {rate:.3g}; the run has stopped, {where}. Lower the"
-                " learning rate, warm up for longer, or look at the data of that step"
-                f" (epoch {position.epoch}, rows before {position.row})."
+                f" learning rate {rate:.3g}",
+                f" of that step (epoch {position.epoch}, rows before {position.row})",
             )
         self.keep()
+
+    def judge_parameters(self, step: int, parameters: recipes.Parameters) -> None:
+        """Raises Diverged where the last step, which no loss follows, ruined them."""
+        for name, values in parameters.items():
+            if not bool(jnp.isfinite(values).all()):
+                raise self._diverged(f"Step {step} left {name} not finite")
+
+    def judge_evaluations(self, step: int, measured: dict[str, Evaluation]) -> None:
+        """Raises Diverged where the loss on a held-out file is no number."""
+        for name, found in measured.items():
+            if not math.isfinite(found.loss):
+                raise self._diverged(
+                    f"After step {step} the loss on {name!r} is {found.loss}"
+                )
+
+    def _diverged(self, what: str, data: str = "") -> Diverged:
+        good = self.saved.newest()
+        where = "there is no snapshot yet" if good is None else f"{good} is good"
+        return Diverged(
+            f"{what}; the run has stopped, {where}. Lower the learning rate, warm up"
+            f" for longer, or look at the data{data}."
+        )
 
     def keep(self) -> None:
         """Saves the snapshot that waited."""
@@ -302,8 +340,15 @@ def loss_curve(workdir: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
 def _check_identity(
     workdir: pathlib.Path, before: dict[str, Any], now: dict[str, Any]
 ) -> None:
-    old = {**before["recipe"], "tokens": before["tokens"]}
-    new = {**now["recipe"], "tokens": now["tokens"]}
+    old, new = (
+        {
+            **run["recipe"],
+            "tokens": run["tokens"],
+            **{f"config.{name}": v for name, v in run.get("config", {}).items()},
+            "first parameters": run.get("parameters"),
+        }
+        for run in (before, now)
+    )
     differences = [
         f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -314,6 +359,15 @@ def _check_identity(
             f"{workdir} holds another run: {', '.join(differences)}. Choose another"
             " directory, or remove that one."
         )
+
+
+def _checksum(parameters: recipes.Parameters) -> str:
+    """CRC-32 of the names and values."""
+    checksum = 0
+    for name in sorted(parameters):
+        checksum = zlib.crc32(name.encode(), checksum)
+        checksum = zlib.crc32(np.asarray(parameters[name]).tobytes(), checksum)
+    return f"{checksum:08x}"
 
 
 class _Trail:

@@ -77,13 +77,20 @@ def write_tokens(
 ) -> TokenFile:
     """Writes a token file; documents are streamed, never all in memory.
 
-    The directory appears when it is complete; a former one of that name is replaced.
+    The directory appears when it is complete; a former token file of that name is
+    replaced, and anything else of that name is left as it is.
 
     Raises:
-      ValueError: a token outside `[0, vocabulary_size)`, targets of another length
-        than their tokens, or no token at all.
+      ValueError: a token that is no integer in `[0, vocabulary_size)`, targets that are
+        not True or False or of another length than their tokens, no token at all, or
+        `path` is there and no token file.
     """
     path = pathlib.Path(path)
+    if os.path.lexists(path) and not (path / "tokens.json").exists():
+        raise ValueError(
+            f"{path} is there and no token file (it holds no tokens.json), so nothing"
+            " is written over it. Choose another name, or remove it."
+        )
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -95,10 +102,21 @@ def write_tokens(
         for number, document in enumerate(documents):
             if not isinstance(document, Document):
                 document = Document(document)
-            ids = np.asarray(document.tokens, np.int64).reshape(-1)
+            ids = np.asarray(document.tokens).reshape(-1)
+            if len(ids) and ids.dtype.kind not in "iu":
+                raise ValueError(
+                    f"Document {number} holds {ids.dtype}; tokens must be integers."
+                )
+            ids = ids.astype(np.int64)
             mask = np.ones(len(ids), bool)
             if document.targets is not None:
-                mask, chosen = np.asarray(document.targets, bool), True
+                mask, chosen = np.asarray(document.targets), True
+                if len(mask) and mask.dtype != bool:
+                    raise ValueError(
+                        f"Document {number} has targets of {mask.dtype}; they must be"
+                        " True or False."
+                    )
+                mask = mask.astype(bool)
                 if mask.shape != ids.shape:
                     raise ValueError(
                         f"Document {number} has {len(ids)} tokens and"
@@ -139,9 +157,12 @@ def write_tokens(
         ),
     }
     (partial / "tokens.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    former = path.with_name(path.name + ".former")
+    shutil.rmtree(former, ignore_errors=True)
     if path.exists():
-        shutil.rmtree(path)
+        os.replace(path, former)
     os.replace(partial, path)
+    shutil.rmtree(former, ignore_errors=True)
     return open_tokens(path)
 
 
@@ -316,6 +337,17 @@ def _pieces(documents: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]
     starts = np.repeat(documents[:-1], counts) + inside * length
     ends = np.minimum(starts + length, np.repeat(documents[1:], counts))
     return starts, ends - starts
+
+
+def predicted(file: TokenFile, length: int) -> int:
+    """How many tokens of a file are predicted in rows of `length`; reads its targets.
+
+    All that count but the first of a piece, which has nothing before it.
+    """
+    starts, lengths = _pieces(file.documents, length)
+    if file.targets is None:
+        return int((lengths - 1).sum())
+    return int(file.targets.sum()) - int(file.targets[starts].sum())
 
 
 def _best_fit(pieces: list[int], lengths: np.ndarray, length: int) -> list[list[int]]:

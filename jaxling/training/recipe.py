@@ -1,6 +1,7 @@
 """What a training run does to the parameters: steps, rates, and the optimiser."""
 
 import math
+import numbers
 import re
 from typing import NamedTuple
 
@@ -61,18 +62,27 @@ OLMO = Recipe(
 )
 
 
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, numbers.Integral):
+        raise ValueError(f"`{name}` must be a whole number; got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Raises ValueError naming the setting, its rule and its value."""
     for name in ("steps", "batch", "length", "accumulate"):
-        value = getattr(recipe, name)
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        _check_whole(name, getattr(recipe, name), 1)
     if recipe.length < 2:
         raise ValueError("`length` must be at least 2: a token is predicted from one.")
-    for name in ("warmup_steps", "first_step", "weight_decay"):
+    for name in ("warmup_steps", "first_step", "decay_steps", "seed"):
         value = getattr(recipe, name)
-        if not value >= 0 or not math.isfinite(value):
-            raise ValueError(f"`{name}` must not be negative; got {value}.")
+        if value is not None or name in ("warmup_steps", "first_step"):
+            _check_whole(name, value, 0)
+    if not recipe.weight_decay >= 0 or not math.isfinite(recipe.weight_decay):
+        raise ValueError(
+            f"`weight_decay` must not be negative; got {recipe.weight_decay}."
+        )
     for name in ("learning_rate", "epsilon"):
         value = getattr(recipe, name)
         if not value > 0 or not math.isfinite(value):
@@ -138,7 +148,7 @@ def rate_factors(recipe: Recipe, names: list[str]) -> dict[str, float]:
     """The factor of the learning rate of each parameter.
 
     Raises:
-      ValueError: a pattern of `rates` matches no parameter, or all are frozen.
+      ValueError: a pattern of `rates` decides for no parameter, or all are frozen.
     """
     factors, used = {}, set()
     for name in names:
@@ -150,6 +160,13 @@ def rate_factors(recipe: Recipe, names: list[str]) -> dict[str, float]:
                 break
     for pattern, _ in recipe.rates:
         if pattern not in used:
+            matched = [name for name in names if re.search(pattern, name)]
+            if matched:
+                raise ValueError(
+                    f"The rate of {pattern!r} is for no parameter: a pattern before it"
+                    f" decides for all that it matches ({', '.join(sorted(matched))})."
+                    " Put it first, or leave it out."
+                )
             raise ValueError(
                 f"The rate of {pattern!r} is for no parameter; there are"
                 f" {', '.join(sorted(names))}."
