@@ -116,7 +116,8 @@ TOKEN_TYPE = flags.DEFINE_enum(
     "token_type",
     None,
     ["uint16", "uint32", "int32", "int64"],
-    "Of the ids in files of --corpus that hold nothing else, without a header.",
+    "Of the ids in files of --corpus or --tokens that hold nothing else, without a"
+    " header.",
 )
 MATCH_TOKENS = flags.DEFINE_bool(
     "match_tokens", False, "Look for words as tokens, not as text between boundaries."

@@ -10,11 +10,13 @@ Expect: 5.23 nats a token on the kept verses before, 5.20 after. The cards of `d
 
 Trains any decoder of `jaxling.models`: from a checkpoint (`--init`), or from random
 weights (`--config`, a Hugging Face config.json). The text is a file with one document a
-line (`--documents`), tokenised with the tokenizer of `--init`, or a token file made by
-`jaxling.training.write_tokens` (`--tokens`). The same command resumes a run that was
-killed, at its newest snapshot. The workdir holds metrics.jsonl (loss, gradient norm,
-learning rate of every step), loss.png, and model/, which transformers opens; the
-tokenizer is in it too, but with `--config` and `--tokens` alone, where none is known.
+line (`--documents`), tokenised with the tokenizer of `--init`, or token files
+(`--tokens`) made by `jaxling.training.write_tokens`, `.npy` files of ids, or files of
+ids without a header (`--token_type`); several are joined in the workdir. The same
+command resumes a run that was killed, at its newest snapshot. The workdir holds
+metrics.jsonl (loss, gradient norm, learning rate of every step), loss.png, and model/,
+which transformers opens; the tokenizer is in it too, but with `--config` and `--tokens`
+alone, where none is known.
 
 `--recipe=olmo` is OLMo-1B's (configs/official/OLMo-1B.yaml of allenai/OLMo v0.5.1:
 AdamW 4e-4, betas .9 and .95, epsilon 1e-5, weight decay .1, warm-up 2,000, cosine to a
@@ -24,6 +26,7 @@ entered at step 605,000 for 1,000 steps as the pivot-aware pre-training of He et
 the recipe.
 """
 
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -52,7 +55,7 @@ _CONFIG = flags.DEFINE_string(
     "config", None, "A config.json: random weights instead of those of --init."
 )
 _TEXT = flags.DEFINE_string("documents", None, "UTF-8 text, one document a line.")
-_TOKENS = flags.DEFINE_string("tokens", None, "A token file, instead of --documents.")
+_TOKENS = flags.DEFINE_list("tokens", [], "Token files, instead of --documents.")
 _EVALUATE_ON = flags.DEFINE_list(
     "evaluate_on", [], "Token files to evaluate on, not every fortieth document."
 )
@@ -118,8 +121,15 @@ def main(argv: list[str]) -> None:
         _check_tokenizer(tokenizer_of, model)
     else:
         model = models.load(start, revision=common.REVISION.value, dtype="float32")
-    run = common.begin("pretrain", {"model": model.config})
-    train_file, held_out = _data(run.workdir, tokenizer_of)
+    if _TOKENS.value and _TEXT.value:
+        raise ValueError("Give --documents or --tokens, not both.")
+    tokens, held_out = _opened(_TOKENS.value), _held_out()
+    inputs = _inputs(model, start, tokenizer_of, [*tokens, *held_out.values()])
+    run = common.begin("pretrain", inputs)
+    if tokens:
+        train_file = _joined(run.workdir, tokens, recipe)
+    else:
+        train_file, held_out = _tokenised(run.workdir, tokenizer_of, held_out)
     mesh = None
     if _DATA_PARALLEL.value:
         mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
@@ -232,18 +242,78 @@ def _export_tokenizer(folder: pathlib.Path | None, to: pathlib.Path) -> list[str
     return sorted({pathlib.Path(path).name for path in written})
 
 
-def _data(workdir: pathlib.Path, tokenizer_of: pathlib.Path | None):
-    """The token file to train on, and those to evaluate on by name."""
-    if _TOKENS.value and _TEXT.value:
-        raise ValueError("Give --documents or --tokens, not both.")
-    held_out = {
-        pathlib.Path(path).name: training.open_tokens(path)
-        for path in _EVALUATE_ON.value
+def _opened(paths: list[str]) -> list[training.TokenFile]:
+    """Token files; `--token_type` is of those that are files of ids alone."""
+    return [training.open_tokens(path, common.TOKEN_TYPE.value) for path in paths]
+
+
+def _held_out() -> dict[str, training.TokenFile]:
+    """The files of `--evaluate_on`, by the last part of their paths if that tells."""
+    names = [pathlib.Path(path).name for path in _EVALUATE_ON.value]
+    if len(set(names)) < len(names):
+        names = _EVALUATE_ON.value
+    return dict(zip(names, _opened(_EVALUATE_ON.value)))
+
+
+def _inputs(
+    model: models.Model,
+    start: str,
+    tokenizer_of: pathlib.Path | None,
+    files: list[training.TokenFile],
+) -> dict[str, Any]:
+    """What is read, by its digest: another of it in the same workdir is another run."""
+    inputs: dict[str, Any] = {
+        "model": model.config,
+        "tokens": [file.fingerprint for file in files],
     }
-    if _TOKENS.value:
-        return training.open_tokens(_TOKENS.value), held_out
-    parts = {"train": workdir / "tokens", "held out": workdir / "held_out_tokens"}
-    if not all(path.exists() for path in parts.values()):
+    if not _CONFIG.value:
+        opened = checkpoints.open_checkpoint(start, common.REVISION.value)
+        digests = [(name, opened.digest(name)) for name in sorted(opened.tensor_names)]
+        inputs["weights"] = hashlib.sha256(repr(digests).encode()).hexdigest()
+    if tokenizer_of is not None:
+        inputs["tokenizer"] = {
+            name: _digest(tokenizer_of / name)
+            for name in tokenizer_files.FILES
+            if (tokenizer_of / name).is_file()
+        }
+    if _TEXT.value:
+        inputs["documents"] = _digest(_TEXT.value)
+    elif not _TOKENS.value:
+        inputs["documents"] = "demo.verses, held_out"
+    return inputs
+
+
+def _digest(path: str | pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _joined(
+    workdir: pathlib.Path, files: list[training.TokenFile], recipe: training.Recipe
+) -> training.TokenFile:
+    """One file of all: itself where there is one, else a copy in the workdir."""
+    if len(files) == 1:
+        return files[0]
+    path = workdir / "tokens"
+    if path.exists():
+        return training.open_tokens(path)
+    return training.write_tokens(
+        path,
+        training.joined(files, recipe.length),
+        vocabulary_size=max(file.largest for file in files) + 1,
+    )
+
+
+def _tokenised(
+    workdir: pathlib.Path,
+    tokenizer_of: pathlib.Path | None,
+    held_out: dict[str, training.TokenFile],
+) -> tuple[training.TokenFile, dict[str, training.TokenFile]]:
+    """The text as a file to train on; where none is held out, part of it is kept."""
+    paths = {"train": workdir / "tokens"}
+    if not held_out:
+        paths["held out"] = workdir / "held_out_tokens"
+    if not all(path.exists() for path in paths.values()):
         assert tokenizer_of is not None, "text was given, or the demo's is read"
         tokenizer = _open_tokenizer(tokenizer_of)
         if _TEXT.value:
@@ -251,14 +321,21 @@ def _data(workdir: pathlib.Path, tokenizer_of: pathlib.Path | None):
         else:
             verses = demo.verses("held_out").text.values()
             texts = [f" {verse}" for column in verses for verse in column if verse]
-        kept = texts[::40]
-        del texts[::40]
-        for path, chosen in zip(parts.values(), (texts, kept)):
+        parts = {"train": texts}
+        if not held_out:
+            if len(texts) < 2:
+                raise ValueError(
+                    f"{_TEXT.value} has {len(texts)} documents (a line each), and one"
+                    " is kept for evaluation: give two or more, or --evaluate_on."
+                )
+            parts = {"train": texts, "held out": texts[::40]}
+            del texts[::40]
+        for name, path in paths.items():
             documents = training.tokenize(
-                chosen, tokenizer, end_token=tokenizer.eos_token_id
+                parts[name], tokenizer, end_token=tokenizer.eos_token_id
             )
             training.write_tokens(path, documents, vocabulary_size=len(tokenizer))
-    files = {name: training.open_tokens(path) for name, path in parts.items()}
+    files = {name: training.open_tokens(path) for name, path in paths.items()}
     train_file = files.pop("train")
     return train_file, held_out or files
 

@@ -57,7 +57,7 @@ def small(tmp_path, **flags):
 
 
 def test_a_run_leaves_its_record_its_picture_and_a_model(config, tokens, tmp_path):
-    with small(tmp_path, config=config, tokens=tokens, evaluate_on=[tokens]):
+    with small(tmp_path, config=config, tokens=[tokens], evaluate_on=[tokens]):
         pretrain.main([])
         pretrain.main([])  # again: it is finished, and says the same
     run = tmp_path / "run"
@@ -82,7 +82,7 @@ def test_devices_share_the_rows(config, tokens, tmp_path):
     found = {}
     for parallel in (False, True):
         workdir = tmp_path / str(parallel)
-        flags = dict(config=config, tokens=tokens, rows=8, steps=2)
+        flags = dict(config=config, tokens=[tokens], rows=8, steps=2)
         with small(tmp_path, **flags, workdir=str(workdir), data_parallel=parallel):
             pretrain.main([])
         found[parallel] = training.loss_curve(workdir)[1]
@@ -95,7 +95,7 @@ def test_weights_are_exported_in_the_dtype_asked_for(config, tokens, tmp_path):
     for dtype in ("float32", "bfloat16"):
         workdir = str(tmp_path / dtype)
         with small(
-            tmp_path, config=config, tokens=tokens, workdir=workdir, save_dtype=dtype
+            tmp_path, config=config, tokens=[tokens], workdir=workdir, save_dtype=dtype
         ):
             pretrain.main([])
         file = tmp_path / dtype / "model" / "model.safetensors"
@@ -160,6 +160,71 @@ def ids_of(folder):
     return tokenizer([*TEXTS, "é was the Word unseen"])["input_ids"]
 
 
+def test_text_that_changed_is_another_run(start, tmp_path):
+    folder, _ = start
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXTS * 50))
+    flags = dict(model=str(folder), documents=str(text), steps=1, rows=1, length=16)
+    with small(tmp_path, **flags):
+        pretrain.main([])
+        text.write_text("\n".join(TEXTS * 51))
+        with pytest.raises(ValueError, match="other inputs: documents was"):
+            pretrain.main([])
+        text.write_text("\n".join(TEXTS * 50))
+        config = json.loads((folder / "config.json").read_text())
+        models.save(models.build(config, jax.random.key(1)), folder)
+        with pytest.raises(ValueError, match="other inputs: weights was"):
+            pretrain.main([])
+
+
+def test_all_text_is_read_where_another_is_evaluated(start, tokens, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXTS * 50))
+    flags = dict(model=str(start[0]), documents=str(text), steps=1, rows=1, length=16)
+    other = training.write_tokens(
+        tmp_path / "a" / "tokens", [[1, 2]], vocabulary_size=9
+    )
+    names = [tokens, str(other.path)]
+    with small(tmp_path, **flags, evaluate_on=names):
+        pretrain.main([])
+    read = training.open_tokens(tmp_path / "run" / "tokens")
+    assert len(read.documents) - 1 == 100
+    assert not (tmp_path / "run" / "held_out_tokens").exists()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary["evaluations"]) == sorted(names)
+
+
+def test_one_line_of_text_leaves_nothing_to_keep(start, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS[0])
+    with small(tmp_path, model=str(start[0]), documents=str(text)):
+        with pytest.raises(ValueError, match="has 1 documents.*two or more"):
+            pretrain.main([])
+
+
+def test_token_files_of_three_kinds_are_one_text(config, tokens, tmp_path):
+    ids = np.arange(40, dtype=np.uint16)
+    np.save(tmp_path / "ids.npy", ids)
+    ids.tofile(tmp_path / "ids.bin")
+    flags = dict(config=config, steps=2)
+    given = [tokens, str(tmp_path / "ids.npy")]
+    with small(tmp_path, **flags, tokens=given):
+        pretrain.main([])
+    joined = training.open_tokens(tmp_path / "run" / "tokens").tokens
+    expected = np.concatenate([training.open_tokens(tokens).tokens, ids])
+    np.testing.assert_array_equal(joined, expected)
+    found = training.open_tokens(tmp_path / "ids.bin", "uint16")
+    np.testing.assert_array_equal(found.tokens, ids)
+    with small(
+        tmp_path, **flags, tokens=[str(tmp_path / "ids.bin")], token_type="uint16",
+        workdir=str(tmp_path / "headless"),
+    ):  # fmt: skip
+        pretrain.main([])
+    with pytest.raises(ValueError, match="ids.bin is no readable .npy") as caught:
+        training.open_tokens(tmp_path / "ids.bin")
+    assert "trust" not in str(caught.value)
+
+
 def files_of_models():
     return {"config.json", "model.safetensors"}
 
@@ -179,7 +244,7 @@ def test_the_tokenizer_goes_where_the_model_goes(start, tmp_path):
 def test_random_weights_take_the_tokenizer_that_is_named(
     start, config, tokens, tmp_path
 ):
-    flags = dict(config=config, tokens=tokens, steps=1, rows=1)
+    flags = dict(config=config, tokens=[tokens], steps=1, rows=1)
     exported = tmp_path / "run" / "model"
     with small(tmp_path, init=str(start[0]), **flags):
         pretrain.main([])
@@ -188,7 +253,7 @@ def test_random_weights_take_the_tokenizer_that_is_named(
 
 
 def test_random_weights_and_a_token_file_have_no_tokenizer(config, tokens, tmp_path):
-    with small(tmp_path, config=config, tokens=tokens, steps=1, rows=1):
+    with small(tmp_path, config=config, tokens=[tokens], steps=1, rows=1):
         pretrain.main([])
     exported = tmp_path / "run" / "model"
     assert {path.name for path in exported.iterdir()} == files_of_models()
@@ -213,13 +278,13 @@ def test_a_tokenizer_beyond_the_config_is_refused(config, tmp_path):
         (dict(rates=["embedding=slow"]), "pattern=factor"),
         (dict(rates=["nowhere=1"]), "'nowhere' is for no parameter"),
         (dict(documents="a.txt"), "Give --documents or --tokens, not both"),
-        (dict(tokens="nowhere"), "no token file at nowhere"),
+        (dict(tokens=["nowhere"]), "no token file at nowhere"),
         (dict(config="nowhere.json"), "nowhere.json"),
         (dict(evaluate_every=-1), "`evaluate_every` must be at least 1"),
     ],
 )
 def test_bad_flags_are_one_paragraph(config, tokens, tmp_path, flags, message):
-    with small(tmp_path, **{"config": config, "tokens": tokens, **flags}):
+    with small(tmp_path, **{"config": config, "tokens": [tokens], **flags}):
         with pytest.raises((ValueError, OSError), match=message):
             pretrain.main([])
 

@@ -20,6 +20,7 @@ from .loop import loss_curve as loss_curve
 from .loop import train as train
 from .packing import Document as Document
 from .packing import TokenFile as TokenFile
+from .packing import joined as joined
 from .packing import open_tokens as open_tokens
 from .packing import verify_tokens as verify_tokens
 from .packing import write_tokens as write_tokens

@@ -13,6 +13,7 @@ above the largest; `verify_tokens` reads everything once, before a run begins. A
 and so is read through when it is opened.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -179,11 +180,12 @@ def _joined(*checksums: int) -> str:
     return " ".join(f"{checksum:08x}" for checksum in checksums)
 
 
-def open_tokens(path: str | os.PathLike) -> TokenFile:
+def open_tokens(path: str | os.PathLike, token_type: str | None = None) -> TokenFile:
     """Opens a token file (a directory of `write_tokens`, or one `.npy` of ids).
 
     Of a directory only sizes, headers and boundaries are read, and `verify_tokens`
-    reads the rest.
+    reads the rest. `token_type` (uint16, uint32, int32 or int64) is of the ids of a
+    file that holds nothing else, without a header.
 
     Raises:
       OSError: there is no such file.
@@ -193,7 +195,7 @@ def open_tokens(path: str | os.PathLike) -> TokenFile:
     if not path.exists():
         raise FileNotFoundError(f"There is no token file at {path}.")
     if path.is_file():
-        tokens = _map(path)
+        tokens = _map(path) if token_type is None else _headless(path, token_type)
         record = None
         documents, targets = np.array([0, len(tokens)], np.int64), None
     else:
@@ -274,11 +276,37 @@ def verify_tokens(file: TokenFile) -> None:
         )
 
 
+def joined(files: Sequence[TokenFile], length: int) -> Iterator[Document]:
+    """The documents of several files, for `write_tokens`.
+
+    A document too long to be held at once comes in parts that are multiples of
+    `length`, which is where rows of that many tokens cut it anyway.
+    """
+    most = length * max(1, _CHUNK // length)
+    for file in files:
+        for begin, end in itertools.pairwise(file.documents.tolist()):
+            for start in range(begin, end, most):
+                part = slice(start, min(start + most, end))
+                targets = None if file.targets is None else file.targets[part]
+                yield Document(file.tokens[part], targets)
+
+
+def _headless(path: pathlib.Path, token_type: str) -> np.ndarray:
+    # Imported here: that room imports this one.
+    from jaxling.corpus import arrays
+
+    return arrays.open_ids(str(path), token_type)[0]
+
+
 def _map(path: pathlib.Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no readable .npy file: {error}.") from None
+    except (ValueError, EOFError):
+        # NumPy's own words advise to trust what it takes for a pickle.
+        raise ValueError(
+            f"{path} is no readable .npy file of numbers. Where there is nothing but"
+            " numbers, without a header, name their type (`token_type`)."
+        ) from None
     if array.ndim != 1:
         raise ValueError(f"{path} must have one axis; it has shape {array.shape}.")
     return array
