@@ -44,8 +44,8 @@ class TokenFile(NamedTuple):
 class Document(NamedTuple):
     """Token ids, and which of them count in the loss (None: all)."""
 
-    tokens: Sequence[int]
-    targets: Sequence[bool] | None = None
+    tokens: Sequence[int] | np.ndarray
+    targets: Sequence[bool] | np.ndarray | None = None
 
 
 class Batch(NamedTuple):
