@@ -155,7 +155,12 @@ def agreement(
 
     Half of the words fit the orthogonal map, the other half are looked up through it.
     Positions of unknown words are left out.
+
+    Raises:
+      ValueError: no sentence has a known word.
     """
+    if not any(token > EQUALS for sentence in sentences for token in sentence):
+        raise ValueError("`sentences` must have a known word; they have none.")
     rng = np.random.default_rng(seed)
     table = jnp.asarray(model.unembed_matrix, jnp.float32)
     own, other = table[SPECIAL : SPECIAL + size], table[SPECIAL + size :][:size]
