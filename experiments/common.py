@@ -219,7 +219,7 @@ def begin(
     """Makes the work directory and writes `config.json`: all flags, versions, inputs.
 
     `inputs` names what was read (hashes of tensors, paths of data). A directory that
-    holds the record of a run with other flags or inputs is refused. Of several
+    holds more than the record of a run with other flags or inputs is refused. Of several
     processes all look and one writes.
 
     Raises:
@@ -248,7 +248,7 @@ def begin(
         },
     }
     path = workdir / "config.json"
-    if path.exists():
+    if any(other != path for other in workdir.iterdir()) and path.exists():
         try:
             before = json.loads(path.read_text("utf-8"))
         except ValueError:
@@ -490,6 +490,9 @@ def launch(main: Callable[[list[str]], None]) -> None:
             print(f"error: {' '.join(told.split())}", file=sys.stderr)
             sys.exit(1)
 
+    # Help shows the flags that scripts share beside the script's own.
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     # Neither is news: that there is no TPU, and no torch beside transformers.
     py_logging.getLogger("jax._src.xla_bridge").setLevel(py_logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -169,13 +169,15 @@ def main(argv: list[str]) -> None:
         "mass": mass,
     }
     common.finish(run, summary)
+    # People count places from 1; ranks in the files begin with 0, and -1 is none.
     rows = [
-        [i, *tops[i], entropy[i, place].item(), int(ranks[i]) + 1] for i in range(depth)
+        [i, *tops[i], entropy[i, place].item(), int(rank) + 1 if rank >= 0 else "–"]
+        for i, rank in enumerate(ranks)
     ]
     print(f"{view.reading}, after {spelled[read[0][place]]!r}:")
     print(
         tables.format_table(
-            ["layer", "top token", "probability", "entropy", "target's rank"], rows
+            ["layer", "top token", "probability", "entropy", "target's place"], rows
         )
     )
     print(f"\nThe map: {run.workdir / 'lens.html'} (opens in any browser)")
