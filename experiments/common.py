@@ -219,8 +219,8 @@ def begin(
     """Makes the work directory and writes `config.json`: all flags, versions, inputs.
 
     `inputs` names what was read (hashes of tensors, paths of data). A directory that
-    holds more than the record of a run with other flags or inputs is refused. Of several
-    processes all look and one writes.
+    holds more than the record of a run with other flags or inputs is refused. Of
+    several processes all look and one writes.
 
     Raises:
       ValueError: the directory was made with other flags or inputs.

@@ -18,8 +18,8 @@ and Japanese, and no accuracy; the share of words that beat all nine distractors
 (chance: 0.1) and their rank (chance: 4.5) are ours. Intervals are 95%, by resampling
 items. `--hard` takes the nearest words as distractors, by the cosine of mean input
 embeddings; `--word_lists` asks only about listed words, as the paper does about English
-nouns, verbs and adjectives. `task.json` holds the questions: `--task=task.json` asks another model the
-same ones.
+nouns, verbs and adjectives. `task.json` holds the questions: `--task=task.json` asks
+another model the same ones.
 """
 
 import hashlib
