@@ -116,7 +116,10 @@ def main(argv: list[str]) -> None:
             start, common.REVISION.value, tokenizer_files.FILES
         )
     if _CONFIG.value:
-        config = json.loads(pathlib.Path(_CONFIG.value).read_text("utf-8"))
+        try:
+            config = json.loads(pathlib.Path(_CONFIG.value).read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--config={_CONFIG.value} is no JSON: {error}") from None
         model = models.build(config, jax.random.key(common.SEED.value))
         _check_tokenizer(tokenizer_of, model)
     else:

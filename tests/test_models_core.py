@@ -410,7 +410,8 @@ def test_positions_begin_anew_at_the_first_real_token_of_a_document():
         (np.full((1, 5), 2**32 + 3), None, {}, "must fit int32; got 4294967299"),
         (np.full((1, 5), -1), None, {}, r"in \[0, 64\); got -1"),
         (np.zeros((1, 33), int), None, {}, "33 positions; .* configured for 32"),
-        (np.zeros((2, 0), int), None, {}, r"at least one position; got shape \(2, 0\)"),
+        (np.zeros((2, 0), int), None, {}, r"at least one of each; got shape \(2, 0\)"),
+        (np.zeros((0, 5), int), None, {}, r"at least one of each; got shape \(0, 5\)"),
         (
             np.zeros((1, 5), int),
             np.ones((1, 4)),
@@ -593,7 +594,7 @@ def test_bad_knobs_are_named(llama, tokens, knobs, message):
 
 
 def test_there_must_be_something_to_continue(llama, tokens):
-    with pytest.raises(ValueError, match="`tokens` must .* at least one position"):
+    with pytest.raises(ValueError, match="`tokens` must .* at least one of each"):
         models.generate(llama, tokens[:, :0], max_new_tokens=1)
     with pytest.raises(ValueError, match="`attention_mask` .*; row 0 has none"):
         models.generate(llama, tokens, 0 * tokens, max_new_tokens=1)
@@ -710,6 +711,11 @@ def test_parameters_are_floats(saved, dtype):
         models.build(CONFIG, jax.random.key(0), dtype=dtype)
 
 
+def test_float64_is_never_quietly_less(saved):
+    with pytest.raises(ValueError, match="jax_enable_x64"):
+        models.load(saved, dtype="float64")
+
+
 def test_files_of_several_dtypes_are_read_into_one_that_holds_all(
     llama, saved, tmp_path, tokens
 ):
@@ -810,7 +816,7 @@ def test_a_decoder_is_headless_where_its_config_says_so(
     "config, message",
     [
         ({"model_type": "rwkv"}, "model_type 'rwkv' is none"),
-        ({"model_type": None}, "model_type None is none"),
+        ({"model_type": None}, "no config.json, or one without a model_type"),
         ({"residual_scale": 0.5}, "residual_scale = 0.5 is not handled"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = "),
         ({"hidden_size": "32"}, "hidden_size is '32'"),

@@ -280,6 +280,7 @@ def test_a_tokenizer_beyond_the_config_is_refused(config, tmp_path):
         (dict(documents="a.txt"), "Give --documents or --tokens, not both"),
         (dict(tokens=["nowhere"]), "no token file at nowhere"),
         (dict(config="nowhere.json"), "nowhere.json"),
+        (dict(config=__file__), f"--config={__file__} is no JSON"),
         (dict(evaluate_every=-1), "`evaluate_every` must be at least 1"),
     ],
 )

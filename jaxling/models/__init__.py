@@ -76,6 +76,10 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
       CheckpointError: none of those that are here.
     """
     kind = config.get("model_type")
+    if kind is None:
+        raise CheckpointError(
+            f"{where} has no config.json, or one without a model_type."
+        )
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
             f"{where}: model_type {kind!r:.80} is none of those that are handled,"

@@ -207,15 +207,19 @@ def as_dtype(dtype: DTypeLike) -> jnp.dtype:
             '`dtype` must be one of floats, such as "float32" or "bfloat16"; got'
             f" {dtype!r:.80}."
         )
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise ValueError(
+            f'`dtype` {found} takes jax.config.update("jax_enable_x64", True) first.'
+        )
     return found
 
 
 def as_tokens(tokens: ArrayLike, name: str) -> Array:
     """Ids as int32 `[batch, position]`; one sequence of ids is refused, not guessed."""
     shape = np.shape(tokens)
-    if len(shape) != 2 or not shape[1]:
+    if len(shape) != 2 or 0 in shape:
         raise ValueError(
-            f"`{name}` must be [batch, position] with at least one position; got shape"
+            f"`{name}` must be [batch, position], at least one of each; got shape"
             f" {shape}."
         )
     tokens = as_array(tokens, name)
