@@ -1,6 +1,7 @@
 """Settings of every test: eight virtual devices, shape annotations checked."""
 
 import os
+import pathlib
 
 flags = os.environ.get("XLA_FLAGS", "")
 if "device_count" not in flags:
@@ -8,11 +9,28 @@ if "device_count" not in flags:
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jaxtyping.install_import_hook("jaxling.kernels", "beartype.beartype")
+
+
+_MAPS = pathlib.Path("/proc/self/maps")
+_MANY = 20_000  # Linux allows a process 65,530
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Drops compiled programs before their memory maps run out.
+
+    Every program has a few; a worker that meets a thousand tests without this is killed
+    by a map that the compiler could not get.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY:
+        jax.clear_caches()
 
 
 @pytest.fixture
