@@ -679,6 +679,7 @@ def test_a_save_leaves_no_weights_of_an_earlier_one(llama, tmp_path, monkeypatch
                 intermediate_size=12,
                 num_hidden_layers=1,
                 num_attention_heads=2,
+                rotary_pct=0.5,
             ),
             "gpt_neox.layers.0.attention.query_key_value.weight",
         ),
