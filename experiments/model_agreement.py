@@ -202,11 +202,8 @@ def _report(workdir, models, rows, baseline, k, tokens) -> None:
                 [[0.0, row["chance_high"] - row["chance_percent"]] for row in rows],
             ]
         ).swapaxes(1, 2),
-        title=(
-            f"Neighbours of {tokens:,} tokens; band: least to most of {relabelled}"
-            " relabellings"
-        ),
-        value_label=f"% of {k}",
+        title=f"Neighbours of {tokens:,} tokens",
+        value_label=f"% of {k}; band: least to most of {relabelled} relabellings",
     )
 
 
