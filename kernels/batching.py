@@ -13,8 +13,9 @@ from .problems import Problems, Tile, label_dtype
 
 COLUMNS = 64  # of one product, so that no rows x problems array of floats exists
 PROBLEMS = 512  # of one batch: bounds the solver's state
-BATCH_ROWS = 4096  # groups of problems smaller than this share a batch
-BLOCK_ROWS = 1024  # a block, its margins and its residuals stay in cache
+MARGINS = 2**18  # rows x columns of a batch that groups of problems may share
+BLOCK_ROWS = 512  # a block, its margins and its residuals stay in cache
+SAMPLE = 8  # of so many blocks of a tile one is in the sample
 PAIRS = 1536  # of rows, whose differences estimate the covariance
 
 
@@ -25,8 +26,7 @@ class Batch(NamedTuple):
     labels:    `[b, c, r]` class, or -1.
     weights:   `[b, 1 or c, r]` sample weights, or None.
     tile:      `[b]` the tile of a block.
-    share:     `[b]` 0 where a block is not in the sample that the solver starts on,
-               else the number of blocks' worth of rows it stands for.
+    share:     `[b]` how many rows each row of a block stands for; 1 but in a sample.
     problem:   `[t, c]` problem (of this batch) of each column; p where there is none.
     slots:     `[p, s]` the columns, counted through all tiles, of each problem.
     slot_used: `[p, s]` whether a slot is real.
@@ -51,43 +51,71 @@ class Batch(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Batches, the problem ids each of them holds, and pairs of rows of one tile."""
+    """Batches, and the problem ids that each of them holds.
+
+    Together they hold every problem once; those of the samples, which have the same
+    shapes, hold the problems of large tiles on some of their rows.
+    """
 
     batches: list[Batch]
     ids: list[np.ndarray]
-    pairs: np.ndarray
+    samples: list[Batch]
+    sample_ids: list[np.ndarray]
 
 
-def pack(problems: Problems) -> Packed:
-    """Batches that hold every problem once."""
+def pack(problems: Problems, *, sampled: bool = False) -> Packed:
+    """Batches of all problems, and of samples where they are asked for."""
     filled = (t for t in problems.tiles if len(t.rows) and len(t.problems))
     problems = problems._replace(tiles=tuple(filled))
     outputs = 1 if problems.classes == 2 else problems.classes
-    groups = [
-        part for whole in _connected(problems) for part in _divide(whole, outputs)
-    ]
+    groups = [part for all_ in _connected(problems) for part in _divide(all_, outputs)]
     lengths = np.array([len(t.rows) for tiles, _ in groups for t in tiles])
     block = _block_rows(lengths)
-    blocks = [sum(-(-len(t.rows) // block) for t in tiles) for tiles, _ in groups]
-    batches: list[list[int]] = []
-    size = 0
-    for g in sorted(range(len(groups)), key=lambda g: -blocks[g]):
-        size += blocks[g]
-        problems_there = sum(len(groups[h][1]) for h in batches[-1]) if batches else 0
-        if (
-            not batches
-            or size * block > BATCH_ROWS
-            or problems_there + len(groups[g][1]) > PROBLEMS
-        ):
+    whole = [_Group(tiles, ids, [1.0] * len(tiles)) for tiles, ids in groups]
+    parts = [part for g in whole if (part := _sample(g, block))] if sampled else []
+    drawn = _drawn(whole, block, outputs), _drawn(parts, block, outputs)
+    made = _arrays([*drawn[0], *drawn[1]], block)
+    ids = [np.concatenate([g.ids for g in batch]) for part in drawn for batch in part]
+    first = len(drawn[0])
+    return Packed(made[:first], ids[:first], made[first:], ids[first:])
+
+
+class _Group(NamedTuple):
+    """Connected tiles, their problems, and how many rows each row stands for."""
+
+    tiles: list[Tile]
+    ids: np.ndarray
+    shares: list[float]
+
+
+def _sample(group: _Group, block: int) -> _Group | None:
+    """The group on about an eighth of the rows of its tiles of several blocks."""
+    tiles, shares = [], []
+    for tile in group.tiles:
+        count = -(-len(tile.rows) // block)
+        taken = count if count < 4 else -(-count // SAMPLE)
+        own = _order(tile, block)[:, :taken].ravel()
+        own = np.unique(own[own < len(tile.rows)])
+        weights = None if tile.weights is None else tile.weights[..., own]
+        tiles.append(Tile(tile.rows[own], tile.problems, tile.labels[:, own], weights))
+        shares.append(len(tile.rows) / len(own))
+    return None if max(shares) == 1 else _Group(tiles, group.ids, shares)
+
+
+def _drawn(groups: list[_Group], block: int, outputs: int) -> list[list[_Group]]:
+    """Groups by batch, the largest first."""
+    rows = [sum(-(-len(t.rows) // block) for t in g.tiles) * block for g in groups]
+    widths = [max(len(t.problems) for t in g.tiles) * outputs for g in groups]
+    batches: list[list[_Group]] = []
+    size = held = width = 0
+    for i in sorted(range(len(groups)), key=lambda i: -rows[i]):
+        size, held = size + rows[i], held + len(groups[i].ids)
+        width = max(width, widths[i])
+        if not batches or size * width > MARGINS or held > PROBLEMS:
             batches.append([])
-            size = blocks[g]
-        batches[-1].append(g)
-    drawn = [[groups[g] for g in batch] for batch in batches]
-    return Packed(
-        _arrays(drawn, block),
-        [np.concatenate([ids for _, ids in batch]) for batch in drawn],
-        _pairs(problems.tiles),
-    )
+            size, held, width = rows[i], len(groups[i].ids), widths[i]
+        batches[-1].append(groups[i])
+    return batches
 
 
 def same_rows(a: Batch, b: Batch) -> bool:
@@ -159,7 +187,7 @@ def _block_rows(lengths: np.ndarray) -> int:
     return int(candidates[np.argmin((blocks * (candidates + 64)).sum(axis=0))])
 
 
-def _pairs(tiles: tuple[Tile, ...]) -> np.ndarray:
+def pairs_of_rows(tiles: tuple[Tile, ...]) -> np.ndarray:
     """`[2, m]` rows, two of one tile each; every tile by its share of the rows."""
     rng = np.random.default_rng(0)
     total = sum(len(tile.rows) for tile in tiles)
@@ -174,18 +202,18 @@ def _pairs(tiles: tuple[Tile, ...]) -> np.ndarray:
     return np.concatenate(pairs, axis=1).astype(np.int32)
 
 
-def _arrays(batches: list[list[tuple[list[Tile], np.ndarray]]], r: int) -> list[Batch]:
+def _arrays(batches: list[list[_Group]], r: int) -> list[Batch]:
     """The batches' arrays, padded to the shapes that all of them share."""
-    tiles = [[tile for group, _ in batch for tile in group] for batch in batches]
+    tiles = [[tile for group in batch for tile in group.tiles] for batch in batches]
     b = max(sum(-(-len(t.rows) // r) for t in batch) for batch in tiles)
     t = max(len(batch) for batch in tiles)
     c = max(len(tile.problems) for batch in tiles for tile in batch)
-    p = max(sum(len(ids) for _, ids in batch) for batch in batches)
+    p = max(sum(len(group.ids) for group in batch) for batch in batches)
     g = max(len(batch) for batch in batches)
     s = max(
-        int(np.bincount(np.concatenate([x.problems for x in group])).max())
+        int(np.bincount(np.concatenate([x.problems for x in group.tiles])).max())
         for batch in batches
-        for group, _ in batch
+        for group in batch
     )
     q = max(64, 512 // max(len(batch) for batch in tiles))
     weights = [tile.weights for batch in tiles for tile in batch]
@@ -197,10 +225,10 @@ def _arrays(batches: list[list[tuple[list[Tile], np.ndarray]]], r: int) -> list[
     for batch in batches:
         one = Batch(
             rows=np.zeros((b, r), np.int32),
-            labels=np.full((b, c, r), -1, batch[0][0][0].labels.dtype),
+            labels=np.full((b, c, r), -1, batch[0].tiles[0].labels.dtype),
             weights=np.ones((b, wide, r), np.float32) if has_weights else None,
             tile=np.zeros(b, np.int32),
-            share=np.zeros(b, np.float32),
+            share=np.ones(b, np.float32),
             problem=np.full((t, c), p, np.int32),
             slots=np.zeros((p, s), np.int32),
             slot_used=np.zeros((p, s), bool),
@@ -210,13 +238,14 @@ def _arrays(batches: list[list[tuple[list[Tile], np.ndarray]]], r: int) -> list[
             used=np.zeros(b, bool),
         )
         block = number = offset = 0
-        for h, (group, ids) in enumerate(batch):
+        for h, (group, ids, shares) in enumerate(batch):
             filled = np.zeros(len(ids), int)
             rows = np.concatenate([tile.rows for tile in group])
             one.centre[h] = rows[np.linspace(0, len(rows) - 1, q).astype(int)]
             one.owner[offset : offset + len(ids)] = h
-            for tile in group:
-                block = _fill(one, tile, block, number, h)
+            for tile, share in zip(group, shares):
+                start, block = block, _fill(one, tile, block, number, h)
+                one.share[start:block] = share
                 own = np.searchsorted(ids, tile.problems)
                 columns = np.arange(len(own))
                 one.problem[number, columns] = offset + own
@@ -230,20 +259,11 @@ def _arrays(batches: list[list[tuple[list[Tile], np.ndarray]]], r: int) -> list[
 
 
 def _fill(one: Batch, tile: Tile, block: int, number: int, group: int) -> int:
-    """Writes a tile's blocks from `block` on; returns the next free block.
-
-    Rows are dealt to the blocks in a fixed shuffled order, sorted by label, so that
-    any one block is a fair sample of the tile.
-    """
+    """Writes a tile's blocks from `block` on; returns the next free block."""
     b, r = len(tile.rows), one.rows.shape[1]
-    count = -(-b // r)
-    order = np.arange(b)
-    if count > 1:
-        order = np.random.default_rng(0).permutation(b)
-        order = order[np.argsort(tile.labels[0][order], kind="stable")]
-    place = np.arange(count * r).reshape(r, count).T
-    real = place < b
-    place = order[place % b]
+    place = _order(tile, r).T
+    count, real = len(place), place < b
+    place = place % b
     at = slice(block, block + count)
     one.rows[at] = tile.rows[place]
     columns = len(tile.problems)
@@ -256,6 +276,20 @@ def _fill(one: Batch, tile: Tile, block: int, number: int, group: int) -> int:
         else:
             one.weights[at] = tile.weights[place][:, None]
     one.tile[at], one.group[at], one.used[at] = number, group, True
-    sample = count if count < 4 else -(-count // 8)
-    one.share[block : block + sample] = b / real[:sample].sum()
     return block + count
+
+
+def _order(tile: Tile, r: int) -> np.ndarray:
+    """`[r, blocks]` which of the `b` rows goes where; padding is such a number plus b.
+
+    Rows are dealt to the blocks in a fixed shuffled order, sorted by label, so that
+    any one block is a fair sample of the tile.
+    """
+    b = len(tile.rows)
+    count = -(-b // r)
+    order = np.arange(b)
+    if count > 1:
+        order = np.random.default_rng(0).permutation(b)
+        order = order[np.argsort(tile.labels[0][order], kind="stable")]
+    place = np.arange(count * r).reshape(r, count)
+    return order[place % b] + np.where(place < b, 0, b)

@@ -13,6 +13,8 @@ bound relative to the objective, not a step length, is what stops the iteration.
 """
 
 import functools
+import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -22,10 +24,13 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from . import batching, lockstep
+from . import batching, lockstep, passes
 from . import mesh as meshes
-from .lockstep import LogisticFit
+from .lockstep import LogisticFit, Start
 from .problems import Problems, check
+
+SAMPLE_GAP = 0.01  # relative bound at which a sample of the rows is solved
+SAMPLE_ITERATIONS = 30  # and the iterations after which it is left
 
 
 def fit_logistic(
@@ -77,55 +82,99 @@ def fit_logistic(
         raise ValueError(f"`l2` must be finite and > 0; got {penalties.min()}.")
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     outputs = 1 if problems.classes == 2 else problems.classes
-    layers, n = (x.shape[0] if x.ndim == 3 else 1), x.shape[-2]
+    layers = x.shape[0] if x.ndim == 3 else 1
     starts = _starts(start, problems.count, outputs, layers, x.shape[-1], dtype)
     _check_finite(x)
     problems, used = _numbered_by_use(problems, *x.shape[-2:])
-    packed = batching.pack(problems)
-    order = _places(packed)
-    if mesh is not None:
-        penalties = penalties.astype(dtype)
-        knobs = {"tolerance": tolerance, "max_iterations": max_iterations}
-        parts = _dealt(
-            *(x, packed, used, starts, penalties, outputs, meshes.line(mesh)), **knobs
-        )
-        fits = [_collected(part, order, None) for part in parts]
-        return _stacked(fits) if x.ndim == 3 else fits[0]
-
-    fits, stored = [], None
-    for layer, begin in enumerate(starts):
-        features, offset, rotation = x, layer * n, None
-        if used is not None:
-            features, rotation = _row_space(_read(x, used + offset, dtype))
-            offset = 0
-        d = features.shape[-1]
-        basis = lockstep.covariance_basis(features, packed.pairs + offset, dtype)
-        parts, before = [], None
-        for batch, ids in zip(packed.batches, packed.ids):
-            size, (b, r) = len(batch.owner), batch.rows.shape
-            if stored is None:
-                stored = lockstep.Rows(
-                    lockstep.empty_blocks(b, r, d, dtype), jnp.zeros((), dtype)
-                )
-            kept = before is not None and batching.same_rows(batch, before)
-            stored, part = lockstep.solve(
-                stored,
-                features,
-                offset,
-                batch,
-                basis,
-                np.resize(penalties[ids], size).astype(dtype),
-                np.arange(size) < len(ids),
-                _begin(begin, ids, rotation, size),
-                0 if kept else int(batch.used.sum()),
-                tolerance,
-                max_iterations,
-                outputs=outputs,
-            )
-            parts.append(part)
-            before = batch
-        fits.append(_collected(parts, order, rotation))
+    pairs = batching.pairs_of_rows(problems.tiles)
+    if mesh is None:
+        spaces = (_space(x, layer, used, pairs, dtype) for layer in range(layers))
+        first = next(spaces)  # is computed while the problems are packed
+    packed = batching.pack(problems, sampled=start is None)
+    stages = [_Stage(packed.batches, packed.ids, tolerance, max_iterations)]
+    if packed.samples:
+        most = min(max_iterations, SAMPLE_ITERATIONS)
+        stages.insert(0, _Stage(packed.samples, packed.sample_ids, SAMPLE_GAP, most))
+    penalties = penalties.astype(dtype)
+    if mesh is None:
+        fits = _solved_here(itertools.chain([first], spaces), stages, starts, penalties)
+    else:
+        line = meshes.line(mesh)
+        fits = _dealt(x, stages, pairs, used, starts, penalties, line)
     return _stacked(fits) if x.ndim == 3 else fits[0]
+
+
+class _Stage(NamedTuple):
+    """Batches that are solved to one tolerance: of a sample, then of all rows."""
+
+    batches: list[batching.Batch]
+    ids: list[np.ndarray]
+    tolerance: float
+    max_iterations: int
+
+
+class _Space(NamedTuple):
+    """The features of a layer, or the coordinates of its rows in their span.
+
+    Rows of the layer are counted from `offset`; `rotation` leads from weights on
+    coordinates to weights on features.
+    """
+
+    features: Array
+    offset: int
+    rotation: Array | None
+    basis: lockstep.Basis
+
+
+def _space(x: Array, layer: int, used: np.ndarray | None, pairs, dtype) -> _Space:
+    features, offset, rotation = x, layer * x.shape[-2], None
+    if used is not None:
+        features, rotation = _row_space(_read(x, used + offset, dtype))
+        offset = 0
+    basis = lockstep.covariance_basis(features, pairs + offset, dtype)
+    return _Space(features, offset, rotation, basis)
+
+
+def _solved_here(
+    spaces: Iterable[_Space],
+    stages: list[_Stage],
+    starts: list[Start],
+    penalties: np.ndarray,
+) -> list[LogisticFit]:
+    """The fit of each layer."""
+    fits, rows = [], None
+    for (features, offset, rotation, basis), begin in zip(spaces, starts):
+        if rotation is not None:
+            begin = _rotated(begin, rotation.T)
+        for stage in stages:
+            parts, before = [], None
+            for batch, ids in zip(stage.batches, stage.ids):
+                own, real = _padded(ids, len(batch.owner))
+                if before is None or not batching.same_rows(batch, before):
+                    rows = passes.gather(
+                        None if rows is None else rows.values,
+                        features,
+                        batch.rows + offset,
+                        batch.centre + offset,
+                        batch.group,
+                        dtype=penalties.dtype,
+                    )
+                part = lockstep.solve(
+                    *(rows, batch, basis, penalties[own], real, _taken(begin, own)),
+                    *(stage.tolerance, stage.max_iterations),
+                )
+                parts.append(part)
+                before = batch
+            fit = _in_order(parts, _places(stage))
+            if stage is not stages[-1]:
+                begin = _moved(begin, fit, np.sort(np.concatenate(stage.ids)))
+        fits.append(_finished(fit, rotation))
+    return fits
+
+
+def _padded(ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Problems of a batch of that size, repeated to fill it, and which are real."""
+    return np.resize(ids, size), np.arange(size) < len(ids)
 
 
 def _concrete(x: ArrayLike) -> np.ndarray:
@@ -142,16 +191,13 @@ class _Unit(NamedTuple):
     batch: batching.Batch
     penalties: np.ndarray
     real: np.ndarray
-    begin: tuple[np.ndarray, np.ndarray] | None
+    begin: Start
 
 
-def _unit(packed: batching.Packed, i: int, penalties: np.ndarray, begin) -> _Unit:
-    batch, ids = packed.batches[i], packed.ids[i]
-    size = len(batch.owner)
-    if begin is not None:
-        begin = tuple(np.asarray(part)[np.resize(ids, size)] for part in begin)
-    real = np.arange(size) < len(ids)
-    return _Unit(batch, np.resize(penalties[ids], size), real, begin)
+def _unit(stage: _Stage, i: int, penalties: np.ndarray, begin: Start) -> _Unit:
+    own, real = _padded(stage.ids[i], len(stage.batches[i].owner))
+    begin = jax.tree.map(lambda part: np.asarray(part)[own], begin)
+    return _Unit(stage.batches[i], penalties[own], real, begin)
 
 
 class _Lines(NamedTuple):
@@ -165,29 +211,42 @@ class _Lines(NamedTuple):
 
 
 def _dealt(
-    x, packed, used, starts, penalties, outputs, mesh, *, tolerance, max_iterations
+    x, stages: list[_Stage], pairs, used, starts: list[Start], penalties, mesh
+) -> list[LogisticFit]:
+    """The fit of each layer, by devices that solve a batch each at a time."""
+    layers = x[None] if x.ndim == 2 else x
+    for stage in stages:
+        parts = _dealt_stage(layers, stage, pairs, used, starts, penalties, mesh)
+        fits = [_in_order(own, _places(stage)) for own in parts]
+        if stage is not stages[-1]:
+            ids = np.sort(np.concatenate(stage.ids))
+            starts = [_moved(*own, ids) for own in zip(starts, fits)]
+    return [_finished(fit, None) for fit in fits]
+
+
+def _dealt_stage(
+    layers, stage: _Stage, pairs, used, starts, penalties, mesh
 ) -> list[list[LogisticFit]]:
     """The fits of every batch, layer by layer; in each round a device solves one."""
-    layers = x[None] if x.ndim == 2 else x
-    whole = [(a, i) for a in range(len(layers)) for i in range(len(packed.batches))]
+    whole = [(a, i) for a in range(len(layers)) for i in range(len(stage.batches))]
     fits: list[list[LogisticFit]] = [[] for _ in layers]
     before, features = None, None
     for start in range(0, len(whole), mesh.size):
         units = whole[start : start + mesh.size]
         # A device without a batch has one of which no problem is real.
         idle = mesh.size - len(units)
-        made = [_unit(packed, i, penalties, starts[layer]) for layer, i in units]
+        made = [_unit(stage, i, penalties, starts[layer]) for layer, i in units]
         made += [made[-1]._replace(real=made[-1].real & False)] * idle
         chosen = [layer for layer, _ in units] + [units[-1][0]] * idle
         if before != chosen:
             features = meshes.deal([_Lines(layers[a], used) for a in chosen], mesh)
         before = chosen
+        limits = pairs, stage.tolerance, stage.max_iterations
         with meshes.entered(mesh):
             found = _solved_on_each(
                 features,
                 jax.tree.map(lambda *parts: meshes.deal(parts, mesh), *made),
-                *meshes.copy((packed.pairs, tolerance, max_iterations), mesh),
-                outputs=outputs,
+                *meshes.copy(limits, mesh),
                 mesh=mesh,
                 row_space=used is not None,
             )
@@ -197,9 +256,9 @@ def _dealt(
     return fits
 
 
-@functools.partial(jax.jit, static_argnames=("outputs", "mesh", "row_space"))
+@functools.partial(jax.jit, static_argnames=("mesh", "row_space"))
 def _solved_on_each(
-    features, units, pairs, tolerance, max_iterations, *, outputs, mesh, row_space
+    features, units, pairs, tolerance, max_iterations, *, mesh, row_space
 ) -> LogisticFit:
     """`[device, ...]`: the fit of each device's unit."""
 
@@ -209,22 +268,16 @@ def _solved_on_each(
         batch, begin, rotation = unit.batch, unit.begin, None
         if row_space:
             features, rotation = _row_space(features.astype(dtype))
-            if begin is not None:
-                weights = lockstep.exact_product(begin[0], rotation.T)
-                begin = weights, begin[1]
-        (b, r), d = batch.rows.shape, features.shape[-1]
-        blocks = lockstep.empty_blocks(b, r, d, dtype)
-        _, fit = lockstep.solve(
-            lockstep.Rows(blocks, jnp.zeros((), dtype)),
-            *(features, 0, batch, lockstep.covariance_basis(features, pairs, dtype)),
-            *(unit.penalties, unit.real, begin),
-            jnp.where(unit.real.any(), batch.used.sum(), 0),
-            *(tolerance, max_iterations),
-            outputs=outputs,
+            begin = _rotated(begin, rotation.T)
+        fit = lockstep.solve(
+            passes.gather(
+                *(None, features, batch.rows, batch.centre, batch.group), dtype=dtype
+            ),
+            batch,
+            lockstep.covariance_basis(features, pairs, dtype),
+            *(unit.penalties, unit.real, begin, tolerance, max_iterations),
         )
-        if row_space:
-            weights = lockstep.exact_product(fit.weights, rotation)
-            fit = fit._replace(weights=weights)
+        fit = fit if rotation is None else _rotated(fit, rotation)
         return jax.tree.map(lambda a: a[None], fit)
 
     everywhere = meshes.EVERYWHERE
@@ -235,19 +288,48 @@ def _solved_on_each(
     return meshes.everywhere(found, mesh)
 
 
-def _places(packed: batching.Packed) -> np.ndarray:
+def _places(stage: _Stage) -> np.ndarray:
     """Where each problem stands among the batches' results, one after another."""
-    size = len(packed.batches[0].owner)
-    at = [i * size + np.arange(len(ids)) for i, ids in enumerate(packed.ids)]
-    return np.concatenate(at)[np.argsort(np.concatenate(packed.ids))]
+    size = len(stage.batches[0].owner)
+    at = [i * size + np.arange(len(ids)) for i, ids in enumerate(stage.ids)]
+    return np.concatenate(at)[np.argsort(np.concatenate(stage.ids))]
 
 
 @jax.jit
-def _collected(parts: list[LogisticFit], order, rotation) -> LogisticFit:
-    """The batches' results in the order of the problems, in the features given."""
-    fit = jax.tree.map(lambda *a: jnp.concatenate(a)[order], *parts)
+def _in_order(parts: list[LogisticFit], places) -> LogisticFit:
+    return jax.tree.map(lambda *a: jnp.concatenate(a)[places], *parts)
+
+
+@jax.jit
+def _taken(begin: Start, own) -> Start:
+    return jax.tree.map(lambda a: a[own], begin)
+
+
+@jax.jit
+def _moved(begin: Start, fit: LogisticFit, ids) -> Start:
+    """Begins problems `ids` where a sample left them, if it was solved."""
+
+    def one(at, new):
+        solved = fit.converged.reshape(-1, *[1] * (new.ndim - 1))
+        return at.at[ids].set(jnp.where(solved, new, at[ids]))
+
+    return Start(
+        one(begin.weights, fit.weights),
+        one(begin.intercepts, fit.intercepts),
+        begin.iterations.at[ids].set(fit.iterations),
+    )
+
+
+def _rotated(fit, rotation):
+    """With weights `[p, k, n]` as `[p, k, d]`, or back with the transpose."""
+    return fit._replace(weights=passes.exact_product(fit.weights, rotation))
+
+
+@jax.jit
+def _finished(fit: LogisticFit, rotation) -> LogisticFit:
+    """In the features given, and without the axis of outputs where that is one."""
     if rotation is not None:
-        fit = fit._replace(weights=lockstep.exact_product(fit.weights, rotation))
+        fit = _rotated(fit, rotation)
     if fit.weights.shape[1] == 1:
         fit = fit._replace(weights=fit.weights[:, 0], intercepts=fit.intercepts[:, 0])
     return fit
@@ -258,10 +340,15 @@ def _stacked(fits: list[LogisticFit]) -> LogisticFit:
     return jax.tree.map(lambda *a: jnp.stack(a), *fits)
 
 
-def _starts(start, count, outputs, layers, d, dtype):
-    """Per layer None, or weights `[p, k, d]` and intercepts `[p, k]`."""
+def _starts(start, count, outputs, layers, d, dtype) -> list[Start]:
+    """Of each layer where its problems begin; at zero where there is no `start`."""
+    none = jnp.zeros(count, jnp.int32)
     if start is None:
-        return [None] * layers
+        zeros = (
+            jnp.zeros((count, outputs, d), dtype),
+            jnp.zeros((count, outputs), dtype),
+        )
+        return [Start(*zeros, none)] * layers
     weights, intercepts = (jnp.asarray(part, dtype) for part in start)
     for name, value, own in (
         ("weights", weights, (outputs, d)),
@@ -274,17 +361,8 @@ def _starts(start, count, outputs, layers, d, dtype):
                 f" {size} numbers; got shape {value.shape}."
             )
     weights = weights.reshape(layers, count, outputs, d)
-    return list(zip(weights, intercepts.reshape(layers, count, outputs)))
-
-
-def _begin(begin, ids, rotation, size):
-    if begin is None:
-        return None
-    weights, intercepts = begin
-    if rotation is not None:
-        weights = lockstep.exact_product(weights, rotation.T)
-    ids = np.resize(ids, size)
-    return weights[ids], intercepts[ids]
+    intercepts = intercepts.reshape(layers, count, outputs)
+    return [Start(*own, none) for own in zip(weights, intercepts)]
 
 
 def _numbered_by_use(
@@ -315,7 +393,7 @@ def _check_finite(x: Array | np.ndarray) -> None:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _read(x: Array, rows, dtype) -> Float[Array, "r d"]:
-    return lockstep.rows_of(x, rows).astype(dtype)
+    return passes.rows_of(x, rows).astype(dtype)
 
 
 @jax.jit

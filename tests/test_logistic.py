@@ -11,7 +11,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from jaxling import kernels
-from jaxling.kernels import batching, lockstep
+from jaxling.kernels import batching, lockstep, passes
 
 
 def columns(problems):
@@ -182,8 +182,11 @@ def test_large_tiles_are_sampled_first_and_solved_whole(rng, monkeypatch):
     monkeypatch.setattr(batching, "BLOCK_ROWS", 64)
     x, labels = clusters(rng, 1500, 9, 3, spread=2.0)
     problems = kernels.leave_folds_out(kernels.one_vs_rest(labels), np.arange(1500) % 5)
-    packed = batching.pack(problems)
-    assert (packed.batches[0].share > 1).any()
+    packed = batching.pack(problems, sampled=True)
+    (sample,), rows = packed.samples, np.concatenate([b.rows for b in packed.batches])
+    assert sample.used.sum() < sum(b.used.sum() for b in packed.batches) / 4
+    assert (sample.share[sample.used] > 4).all() and np.isin(sample.rows, rows).all()
+    assert sample.rows.shape == packed.batches[0].rows.shape
     fit = kernels.fit_logistic(x, problems)
     excess, apart, _ = compare(x, problems, 1.0, fit)
     assert excess.max() <= 1e-6 and apart.max() <= 1e-3
@@ -221,11 +224,12 @@ def test_a_job_is_one_trace_and_batches_hold_every_problem(rng):
     problems = kernels.leave_folds_out(kernels.independent(tasks), folds)
     packed = batching.pack(problems)
     assert sorted(np.concatenate(packed.ids)) == list(range(24))
-    before = lockstep.solve._cache_size()
+    before = lockstep.solve._cache_size(), passes.gather._cache_size()
     kernels.fit_logistic(x, problems)
     kernels.fit_logistic(np.stack([x, x]), problems)
-    # The second call differs in the shape of `x`: one trace each.
-    assert lockstep.solve._cache_size() - before == 2
+    assert lockstep.solve._cache_size() - before[0] == 1
+    # Shapes of `x` differ, and there is memory of an earlier batch or not.
+    assert passes.gather._cache_size() - before[1] <= 4
 
 
 def test_no_rows_by_problems_array(rng):
@@ -236,15 +240,17 @@ def test_no_rows_by_problems_array(rng):
     assert batch.labels.shape[1] <= batching.COLUMNS
     p, dtype = len(batch.owner), np.dtype("float32")
     spec = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
-    b, r = batch.rows.shape
-    rows = lockstep.Rows(spec((b, r, lockstep.padded_width(d))), spec(()))
-    basis = jax.eval_shape(
-        lambda x: lockstep.covariance_basis(x, packed.pairs, dtype), spec((n, d))
+    rows = passes.Rows(
+        spec((*batch.rows.shape, d)), spec((len(batch.centre), d)), spec(())
     )
+    pairs = batching.pairs_of_rows(problems.tiles)
+    basis = jax.eval_shape(
+        lambda x: lockstep.covariance_basis(x, pairs, dtype), spec((n, d))
+    )
+    begin = lockstep.Start(spec((p, 1, d)), spec((p, 1)), np.zeros(p, np.int32))
     lowered = lockstep.solve.lower(
-        rows, spec((n, d)), 0, batch, basis, spec((p,)),
-        np.ones(p, bool), None, b, 5e-7, 500, outputs=1,
-    )  # fmt: skip
+        rows, batch, basis, spec((p,)), np.ones(p, bool), begin, 5e-7, 500
+    )
     memory = lowered.compile().memory_analysis()
     # Margins and steps, what they become and the zeros they start from: arrays of
     # rows x the columns of one batch, a third of the problems here.

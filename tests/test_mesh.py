@@ -238,14 +238,19 @@ def test_a_lens_sends_the_vocabulary_and_multiplies_its_share(rng):
     assert found["collective-permute"] == (parts - 1) * vocab // parts * d * 4
 
 
-@pytest.mark.parametrize("shape, parts", [((2, 70, 12), 8), ((9, 30), 2)])
+@pytest.mark.parametrize(
+    "shape, parts", [((2, 70, 12), 8), ((9, 30), 2), ((1600, 6), 2)]
+)
 def test_probes_are_dealt_out(rng, shape, parts, monkeypatch):
-    monkeypatch.setattr(batching, "BATCH_ROWS", 64)
+    monkeypatch.setattr(batching, "MARGINS", 64)
+    monkeypatch.setattr(batching, "BLOCK_ROWS", 64)
     x = rng.standard_normal(shape).astype(np.float32)
     problems = kernels.one_vs_one(np.arange(shape[-2]) % 4)
     start = None
     if shape == (9, 30):
         start = np.full((6, 30), 0.1), np.zeros(6)
+    sampled = bool(batching.pack(problems, sampled=start is None).samples)
+    assert sampled == (shape == (1600, 6))
     knobs = {"l2": np.linspace(0.5, 2, 6), "start": start, "tolerance": 1e-6}
     one = kernels.fit_logistic(x, problems, **knobs)
     found = kernels.fit_logistic(x, problems, mesh=devices(parts), **knobs)
