@@ -75,10 +75,7 @@ def test_the_block_caps_the_memory_of_the_device(rng, record_property, block):
     found = kernels.nearest_neighbors(queries, watched, k=k, block=block)
     one = kernels.nearest_neighbors(queries, keys, k=k)
     np.testing.assert_array_equal(found.indices, one.indices)
-    nobody = np.full(n, -1, np.int32)
-    step = neighbors._traced.lower(
-        *(queries, keys[:block], nobody), k=k, metric="cosine"
-    )
+    step = neighbors._traced.lower(queries, keys[:block], k=k, metric="cosine")
     temporary = step.compile().memory_analysis().temp_size_in_bytes
     arrays = watched.most - before
     peak = arrays + temporary
