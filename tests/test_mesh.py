@@ -238,7 +238,7 @@ def test_a_lens_sends_the_vocabulary_and_multiplies_its_share(rng):
     assert found["collective-permute"] == (parts - 1) * vocab // parts * d * 4
 
 
-@pytest.mark.parametrize("shape, parts", [((2, 70, 12), 8), ((9, 30), 2)])
+@pytest.mark.parametrize("shape, parts", [((2, 70, 12), 8), ((9, 30), 2), ((5, 4), 8)])
 def test_probes_are_dealt_out(rng, shape, parts, monkeypatch):
     monkeypatch.setattr(batching, "BATCH_ROWS", 64)
     x = rng.standard_normal(shape).astype(np.float32)

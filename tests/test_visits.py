@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxling import kernels
-from jaxling.kernels import neighbors
+from jaxling.kernels import neighbors, visits
 
 REDUCERS = {"lse": kernels.log_sum_exp(), "best": kernels.maximum()}
 
@@ -63,6 +63,26 @@ class Watched(np.ndarray):
 
 def live():
     return sum(x.nbytes for x in jax.live_arrays())
+
+
+def test_the_next_block_is_read_before_one_is_searched():
+    happened = []
+
+    class Noted(np.ndarray):
+        def __getitem__(self, index):
+            happened.append(("read", index.start))
+            return np.asarray(self)[index]
+
+    def step(state, block, first):
+        happened.append(("search", first))
+        return state + block.sum()
+
+    keys = np.arange(10, dtype=np.float32).reshape(5, 2)
+    assert visits.visit(keys.view(Noted), 2, step, 0) == 45
+    assert happened == [
+        *(("read", 0), ("read", 2), ("search", 0), ("read", 4)),
+        *(("search", 2), ("search", 4)),
+    ]
 
 
 @pytest.mark.parametrize("block", [256, 1024])
