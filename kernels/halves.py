@@ -51,6 +51,7 @@ def split(rows: pairs.Rows, metric: pairs.Metric) -> tuple[Factors, Lengths]:
     nothing = jnp.zeros_like(length)
     if not accelerated():
         return Factors((values,), None, squares), Lengths(length, nothing, nothing)
+    parts: tuple[Array, ...]
     if rows.significand is None:
         first = _rounded(values)
         second = _rounded(values - first)
@@ -75,7 +76,7 @@ def _rounded(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
-def closeness(a: Factors, b: Factors, metric: pairs.Metric) -> Float[Array, "r t"]:
+def closeness(a: Factors, b: Factors) -> Float[Array, "r t"]:
     """Closeness of all pairs by matrix products: within `bound` of the pairs'."""
     # A second part is so small that a product of two of them is left to the bound.
     products = [
@@ -89,7 +90,7 @@ def closeness(a: Factors, b: Factors, metric: pairs.Metric) -> Float[Array, "r t
         scores = scores * a.scale[:, None]
     if b.scale is not None:
         scores = scores * b.scale[None, :]
-    if metric == "l2":
+    if a.squares is not None and b.squares is not None:
         scores = 2 * scores - (a.squares[:, None] + b.squares[None, :])
     return scores
 

@@ -126,9 +126,10 @@ def all_pairs_neighbors(
     """The k closest rows of `x` for each of its rows, exactly.
 
     As `nearest_neighbors(x, x, ...)`; without `include_self` a row is not among its
-    own neighbours (a copy of it elsewhere is). With a `mesh` of P devices each
-    multiplies its rows with those of (P + 1) / 2 devices, and not with all. Scores err
-    as there, with X = Y the largest finite |entry| of `x`.
+    own neighbours (a copy of it elsewhere is). About half of the products of that call
+    are made, as one tile serves both of its sides: with a `mesh` of P devices each
+    multiplies its rows with those of about P / 2. Scores err as there, with X = Y the
+    largest finite |entry| of `x`.
 
     Raises:
       ValueError: an argument has the wrong shape, dtype or value.

@@ -75,7 +75,7 @@ def search(
 
     def block(tile):
         def step(kept, other):
-            scores = _scores(tile, other, metric)
+            scores = _scores(tile, other)
             return _joined(kept, scores, other.first), None
 
         nothing = _nothing(tile.valid, others.rows.valid, k)
@@ -105,7 +105,7 @@ def search_both(
     def row_tile(of_keys, a):
         def key_tile(of_rows, xs):
             b, kept = xs
-            scores = _scores(a, b, metric)
+            scores = _scores(a, b)
             of_rows = _joined(of_rows, scores, b.first)
             return of_rows, _joined(kept, scores.T, a.first)
 
@@ -140,13 +140,13 @@ def search_own(
     itself = np.eye(size, dtype=bool) & (not include_self)
 
     def diagonal(a):
-        scores = jnp.where(itself, -jnp.inf, _scores(a, a, metric))
+        scores = jnp.where(itself, -jnp.inf, _scores(a, a))
         return _joined(_nothing(a.valid, rows.valid, k), scores, a.first)
 
     def off_diagonal(kept, pair):
         i, j = pair
         a, b = _at(tiles, i), _at(tiles, j)
-        scores = _scores(a, b, metric)
+        scores = _scores(a, b)
         for at, seen, first in ((i, scores, b.first), (j, scores.T, a.first)):
             new = _joined(_at(kept, at), seen, first)
             kept = jax.tree.map(lambda x, y, at=at: x.at[at].set(y), kept, new)
@@ -210,8 +210,8 @@ def _at(tree: Any, i: Int[Array, ""]) -> Any:
     return jax.tree.map(lambda x: x[i], tree)
 
 
-def _scores(a: _Tile, b: _Tile, metric: pairs.Metric) -> Float[Array, "r t"]:
-    scores = halves.closeness(a.factors, b.factors, metric)
+def _scores(a: _Tile, b: _Tile) -> Float[Array, "r t"]:
+    scores = halves.closeness(a.factors, b.factors)
     return jnp.where(a.valid[:, None] & b.valid[None, :], scores, -jnp.inf)
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxling import kernels
 from jaxling.kernels import halves, neighbors, pairs, ringed, topk
+from jaxling.kernels import mesh as meshes
 
 METRICS = ("cosine", "dot", "l2")
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -91,28 +92,35 @@ def test_rows_that_no_product_tells_apart_are_searched_again(
     assert proof.unproved[:80].all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [8, 256])
+@pytest.mark.parametrize("dtype", [*DTYPES, None])
 @pytest.mark.parametrize("metric", METRICS)
-def test_the_bound_holds_where_rounding_is_worst(rng, accelerator, metric, dtype):
-    # Entries halfway between two bfloat16 numbers, and parts halfway between two.
-    x = rng.choice([-1.0, 1.0], (64, 256)) * (1 + 2.0**-8 + 2.0**-16 - 2.0**-22)
+def test_the_bound_holds_where_rounding_is_worst(
+    rng, accelerator, metric, dtype, columns
+):
+    # Entries halfway between two bfloat16 numbers: parts are as far off as can be.
+    x = rng.choice([-1.0, 1.0], (64, columns)) * (1 + 2.0**-8 + 2.0**-16 - 2.0**-22)
     x[32:] = x[:32] * (1 + 2.0**-10)
-    x = jnp.asarray(x, dtype)
+    x = jnp.asarray(x, dtype or jnp.float32)
     rows, _ = pairs.prepare(x, x, metric, one_scale=True)
+    if dtype is None:  # one part, though the rows are wide
+        rows = rows._replace(significand=jnp.ones(64))
     factors, lengths = halves.split(rows, metric)
-    scores = np.asarray(halves.closeness(factors, factors, metric), np.float64)
-    bound = np.asarray(halves.bound(lengths, lengths, 256, metric), np.float64)
+    one = dtype in (jnp.bfloat16, None)
+    assert len(factors.parts) == (1 if one else 2)
+    scores = np.asarray(halves.closeness(factors, factors), np.float64)
+    bound = np.asarray(halves.bound(lengths, lengths, columns, metric), np.float64)
     values = np.asarray(rows.values, np.float64)
     exact = values @ values.T
     if metric == "l2":
         exact = -np.square(values[:, None] - values).sum(-1)
     assert (np.abs(scores - exact).max(axis=1) <= bound).all()
-    size = np.square(np.linalg.norm(values, axis=1))
-    size = size * (4 if metric == "l2" else 1)
-    # Nearly the sums' own error: what parts lack is little, or nothing at all.
-    sums = 3.2 * 262 * 2.0**-24 * size
-    assert (bound <= sums + (0 if dtype == jnp.bfloat16 else 2.0**-15) * size).all()
-    assert len(factors.parts) == (1 if dtype == jnp.bfloat16 else 2)
+    if dtype is not None:
+        # Nearly the sums' own error: what parts lack is little, or nothing at all.
+        size = np.square(np.linalg.norm(values, axis=1))
+        size = size * (4 if metric == "l2" else 1)
+        sums = 3.2 * (columns + 16) * 2.0**-24 * size
+        assert (bound <= sums + (0 if one else 2.0**-15) * size).all()
 
 
 def products(text):
@@ -148,6 +156,21 @@ def test_each_pair_of_tiles_is_multiplied_once(accelerator, parts, dtype):
     found = counting.counted(find.lower(x).compile().as_text())
     count = n // tile
     assert found["dot"] == parts * 2 * d * tile**2 * count * (count + 1) // 2
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_over_a_mesh_too(rng, accelerator, parts):
+    n, d, tile = 512, 24, 64
+    mesh = meshes.line(Mesh(np.array(jax.devices()[:parts]), ("rows",)))
+    x = jnp.asarray(rng.standard_normal((n, d)), jnp.bfloat16)
+    lowered = ringed.all_pairs.lower(
+        meshes.share(x, mesh), n=n, mesh=mesh, k=5, metric="cosine", include_self=False
+    )
+    found = counting.counted(lowered.compile().as_text())
+    count = n // parts // tile
+    # Its own rows, those of whole devices, and half of the last one's.
+    tiles = count * (count + 1) // 2 + count**2 * (parts - 1) / 2
+    assert found["dot"] == 2 * d * tile**2 * tiles
 
 
 def test_tiles_are_even():
