@@ -131,6 +131,8 @@ DASK = flags.DEFINE_string(
 )
 
 
+SILENT = 100  # seconds after which a process that says nothing counts as dead
+
 # On results: they are no part of a run's record, and may differ when it is resumed.
 _WITHOUT_EFFECT = {
     *("workdir", "processes", "dask"),
@@ -203,8 +205,10 @@ def join_processes() -> tuple[int, int]:
         raise ValueError("--coordinator, --process_count and --process_id go together.")
     import jax
 
+    # The others of a job finish and save their share when one of them dies.
+    jax.config.update("jax_enable_recoverability", True)
     try:
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=SILENT)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             "The processes of this job did not meet; where no cluster is detected, give"

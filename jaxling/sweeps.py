@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -33,6 +32,7 @@ from jaxling import kernels
 
 PANEL = 16_384
 _JOINED = 16_384  # rows whose neighbours processes exchange together
+_LEAVE = 5  # seconds in which the others end
 _BLOCK = 1 << 24  # bytes of the matrix looked at together on the host
 
 
@@ -212,7 +212,10 @@ def joined(sweep: Sweep, metric: str = "cosine") -> Sweep:
                 [kernels.Neighbors(*map(jnp.asarray, one)) for one in zip(*shares)],
             )
             scores[here], indices[here] = map(np.asarray, merged)
-    except RuntimeError as error:
+    except (RuntimeError, multihost_utils.ProcessFailureError) as error:
+        if jax.process_index() == 0:
+            # The others end first: jax aborts those that its first process leaves.
+            time.sleep(_LEAVE)
         raise ConnectionError(
             "Another process of this job is gone, so that its neighbours could not be"
             " fetched. What each had finished is saved; the same command goes on from"
@@ -221,21 +224,17 @@ def joined(sweep: Sweep, metric: str = "cosine") -> Sweep:
     return Sweep(scores, indices, int(bands), int(resumed), float(rate))
 
 
-_meetings = itertools.count()
-
-
 def _wait_for_all() -> None:
-    """Until every process is here, for a month: collectives give up after 30 seconds.
+    """Until every process is here, however long: collectives give up after 30 seconds.
 
-    jax has this in its client of the coordination service only, which is not public.
-    The service itself ends those that wait for a process that is gone.
+    Raises:
+      RuntimeError: a process is gone, and it was this job's to go on without it
+        (`jax_enable_recoverability`); jax ends the job otherwise.
     """
-    # Private in jax, and all there is: a barrier with a time limit of ours.
-    from jax._src import distributed
-
-    client = distributed.global_state.client
-    assert client is not None, "a process alone has no others to wait for"
-    client.wait_at_barrier(f"jaxling.sweeps {next(_meetings)}", 30 * 24 * 3600 * 1000)
+    with multihost_utils.live_devices(jax.devices()) as living:
+        here = {device.process_index for device in living}
+    if len(here) < jax.process_count():
+        raise RuntimeError(f"{len(here)} of {jax.process_count()} are left.")
 
 
 def _give_back() -> None:

@@ -126,9 +126,10 @@ def all_pairs_neighbors(
     """The k closest rows of `x` for each of its rows, exactly.
 
     As `nearest_neighbors(x, x, ...)`; without `include_self` a row is not among its
-    own neighbours (a copy of it elsewhere is). With a `mesh` of P devices each
-    multiplies its rows with those of (P + 1) / 2 devices, and not with all. Scores err
-    as there, with X = Y the largest finite |entry| of `x`.
+    own neighbours (a copy of it elsewhere is). About half of the products of that call
+    are made, as one tile serves both of its sides: with a `mesh` of P devices each
+    multiplies its rows with those of about P / 2. Scores err as there, with X = Y the
+    largest finite |entry| of `x`.
 
     Raises:
       ValueError: an argument has the wrong shape, dtype or value.
@@ -362,24 +363,31 @@ def _nobody(n: int, k: int) -> Neighbors:
 
 
 @functools.partial(jax.jit, static_argnames=("k", "metric"))
-def _traced(queries, keys, excluded, *, k, metric):
+def _traced(queries, keys, *, k, metric):
     n, m = queries.shape[0], keys.shape[0]
     if n == 0 or m == 0:
         return _nobody(n, k), Proof(jnp.zeros(n, bool))
     sides = pairs.prepare(queries, keys, metric)
-    found = topk.search(*sides, excluded, k=k, metric=metric)
+    found = topk.search(*sides, k=k, metric=metric)
     return _scored(*sides, found.indices, metric), Proof(found.unproved)
 
 
 def _traced_nearest(queries, keys, *, k, metric, named):
-    nobody = jnp.full(queries.shape[0], -1, jnp.int32)
-    return _traced(queries, keys, nobody, k=k, metric=metric)
+    return _traced(queries, keys, k=k, metric=metric)
 
 
 def _traced_all_pairs(x, *, k, metric, include_self, named):
-    ids = jnp.arange(x.shape[0], dtype=jnp.int32)
-    excluded = jnp.full_like(ids, -1) if include_self else ids
-    return _traced(x, x, excluded, k=k, metric=metric)
+    return _traced_own(x, k=k, metric=metric, include_self=include_self)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "metric", "include_self"))
+def _traced_own(x, *, k, metric, include_self):
+    if x.shape[0] == 0:
+        return _nobody(0, k), Proof(jnp.zeros(0, bool))
+    rows, _ = pairs.prepare(x, x, metric, one_scale=True)
+    knobs = {"k": k, "metric": metric, "include_self": include_self}
+    found = topk.search_own(rows, **knobs)
+    return _scored(rows, rows, found.indices, metric), Proof(found.unproved)
 
 
 def _traced_cross(a, b, best_a, best_b, *, k, metric, named):

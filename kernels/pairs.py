@@ -16,9 +16,7 @@ from . import numerics
 Metric = Literal["cosine", "dot", "l2"]
 METRICS: tuple[Metric, ...] = ("cosine", "dot", "l2")
 
-# Half a unit in the last place of a float32 significand, and its smallest exponent.
-UNIT_ROUNDOFF = 2.0**-24
-_SMALLEST = 2.0**-125
+UNIT_ROUNDOFF = 2.0**-24  # half a unit in the last place of a float32 significand
 # Rows of safe scale have entries up to 2**50: sums of their squares stay in range.
 _SAFE_EXPONENT = 50
 
@@ -30,11 +28,14 @@ class Rows(NamedTuple):
       values: float32; a row that is not valid is zero.
       valid: False where a row holds NaN or Inf, or is zero under cosine.
       exponent: the row is `values * 2**exponent`; 0 under cosine.
+      significand: of rows given in bfloat16: `values * significand` has their few bits,
+        but for the rounding of a division by the length. None for wider rows.
     """
 
     values: Float[Array, "n d"]
     valid: Bool[Array, " n"]
     exponent: Int[Array, " n"]
+    significand: Float[Array, " n"] | None = None
 
 
 def check_metric(metric: str) -> None:
@@ -86,13 +87,17 @@ def at_scale(
 
     Cosine takes no exponent: rows become unit rows.
     """
+    short = x.dtype == jnp.bfloat16
     x, finite = _finite(x)
     if metric == "cosine":
         valid = finite & (x != 0).any(axis=1)
-        return Rows(numerics.unit(x), valid, jnp.zeros(len(x), jnp.int32))
+        significand = _significand(numerics.row_norms(x)) if short else None
+        zeros = jnp.zeros(len(x), jnp.int32)
+        return Rows(numerics.unit(x), valid, zeros, significand)
     own = _exponent(x, axis=1) if exponent is None else exponent
     exponents = jnp.zeros(len(x), jnp.int32) + own
-    return Rows(times_power_of_two(x, -exponents[:, None]), finite, exponents)
+    values = times_power_of_two(x, -exponents[:, None])
+    return Rows(values, finite, exponents, jnp.ones(len(x)) if short else None)
 
 
 def pair_closeness(
@@ -115,32 +120,6 @@ def every_closeness(
     if metric == "l2":
         return -jnp.sum(jnp.square(queries[:, None] - keys), axis=-1)
     return jnp.sum(queries[:, None] * keys, axis=-1)
-
-
-def tile_closeness(
-    queries: Float[Array, "r d"], keys: Float[Array, "t d"], metric: Metric
-) -> Float[Array, "r t"]:
-    """Closeness of all pairs by one matrix product: within `bound` of the pairs'."""
-    scores = numerics.scores_f32(queries, keys)
-    if metric == "l2":
-        squares = [jnp.sum(jnp.square(x), axis=1) for x in (queries, keys)]
-        scores = 2 * scores - (squares[0][:, None] + squares[1][None, :])
-    return scores
-
-
-def bound(queries: Rows, keys: Rows, metric: Metric) -> Float[Array, " n"]:
-    """How far `tile_closeness` may lie from `pair_closeness`, for any key.
-
-    A sum of d products in float32, in any order, errs by at most
-    `d u sum_i |x_i y_i| <= d u |x| |y|` to first order, u = 2**-24 (Higham, Accuracy
-    and Stability of Numerical Algorithms, 2002, section 3.1); both sides of the
-    comparison err, and l2 adds the roundings of two squared norms.
-    """
-    d = queries.values.shape[1]
-    x = numerics.row_norms(queries.values)
-    y = jnp.max(numerics.row_norms(keys.values), initial=0.0)
-    size = jnp.square(x + y) if metric == "l2" else x * y
-    return 2.02 * (d + 6) * UNIT_ROUNDOFF * size + d * _SMALLEST
 
 
 def score(
@@ -183,6 +162,13 @@ def _exponent(x: Float[Array, "n d"], axis: int | None) -> Int[Array, "..."]:
     """Smallest e with all `|x| < 2**e`; 0 for zeros."""
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, initial=0.0))
     return jnp.frexp(largest)[1].astype(jnp.int32)
+
+
+def _significand(length: Float[Array, " n"]) -> Float[Array, " n"]:
+    """That of each number; 1 where there is none."""
+    length = lax.stop_gradient(length)
+    regular = (length > 0) & jnp.isfinite(length)
+    return jnp.where(regular, jnp.frexp(jnp.where(regular, length, 1))[0], 1)
 
 
 def _finite(x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Bool[Array, " n"]]:

@@ -76,7 +76,9 @@ def operand(
     x = jnp.where(ids[:, None] >= 0, values[jnp.maximum(ids, 0)], 0.0)
     centred = x - center
     rounded = centred.astype(to)
-    back = rounded.astype(jnp.float32)
+    # Compilers may drop a conversion there and back; they may not drop this.
+    kept = jnp.finfo(to)
+    back = lax.reduce_precision(centred, kept.nexp, kept.nmant)
     length = _lengths(centred)
     # Subtracting the centre rounds too: by at most one unit roundoff of the result.
     residual = _lengths(centred - back) + pairs.UNIT_ROUNDOFF * length

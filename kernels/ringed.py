@@ -62,8 +62,7 @@ def nearest(
         part = others.valid.shape[0]
 
         def visit(best, block, origin):
-            nobody = jnp.full_like(best.ids[:, 0], -1)
-            found = topk.search(rows, block, nobody, k=k, metric=metric)
+            found = topk.search(rows, block, k=k, metric=metric)
             return _merged(best, _scored(found, rows, block, origin * part, metric))
 
         return meshes.ring(visit, _none(rows, k), others, size)
@@ -115,9 +114,7 @@ def _all_pairs(rows, *, size, k, metric, include_self):
         return best, coming, meshes.passed(travelling, size)
 
     block = meshes.passed(rows, size) if size > 1 else rows
-    own = jnp.arange(part, dtype=jnp.int32)
-    alone = jnp.full_like(own, -1) if include_self else own
-    found = topk.search(rows, rows, alone, k=k, metric=metric)
+    found = topk.search_own(rows, k=k, metric=metric, include_self=include_self)
     best = _scored(found, rows, rows, me * part, metric)
     if size == 1:
         return best

@@ -7,14 +7,15 @@ without a proof are scored pair by pair against every key.
 """
 
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from . import pairs
+from . import halves, pairs
 
 # top_k with k > 16 sorts whole rows on a GPU unless it may break ties freely.
 _FREE_TIES = (
@@ -24,7 +25,30 @@ _FREE_TIES = (
 )
 _GROUP = 32  # largest number of columns that share one maximum
 _RESCUED = 8  # unproved rows scored at a time
-_GATHERED = 1 << 22  # numbers gathered at a time for pair scores: 16 MiB
+
+
+class _Sizes(NamedTuple):
+    """How much is worked on at a time.
+
+    Attributes:
+      rows: queries against a tile.
+      tile: keys in a tile.
+      square: rows, and keys, in a tile that is read from both sides.
+      gathered: numbers gathered for pair scores.
+    """
+
+    rows: int
+    tile: int
+    square: int
+    gathered: int
+
+
+def _sizes() -> _Sizes:
+    # What stays in the cache; or what keeps an accelerator busy, with 256 MiB of scores
+    # and as much gathered.
+    if halves.accelerated():
+        return _Sizes(4096, 16_384, 8192, 1 << 26)
+    return _Sizes(256, 8192, 2048, 1 << 22)
 
 
 class Found(NamedTuple):
@@ -40,35 +64,26 @@ class Found(NamedTuple):
 
 
 def search(
-    queries: pairs.Rows,
-    keys: pairs.Rows,
-    excluded: Int[Array, " n"],
-    *,
-    k: int,
-    metric: pairs.Metric,
-    rows: int = 256,
-    tile: int = 8192,
+    queries: pairs.Rows, keys: pairs.Rows, *, k: int, metric: pairs.Metric
 ) -> Found:
-    """The k closest valid keys of each query; key `excluded[i]` is none of row i's.
+    """The k closest valid keys of each query."""
+    sizes = _sizes()
+    mine, others = (
+        _side(rows, metric, size)
+        for rows, size in ((queries, sizes.rows), (keys, sizes.tile))
+    )
 
-    At most `rows x tile` scores are alive at a time.
-    """
-    n, m = queries.values.shape[0], keys.values.shape[0]
-    queries, keys = jax.tree.map(lax.stop_gradient, (queries, keys))
-    rows = min(rows, max(n, 1))
-    tile = min(tile, _rounded_up(max(m, 1), _GROUP))
-    bounds = pairs.bound(queries, keys, metric)
-    tiles = _tiles(keys, tile)
+    def block(tile):
+        def step(kept, other):
+            scores = _scores(tile, other)
+            return _joined(kept, scores, other.first), None
 
-    def block(xs):
-        values, needed, block_excluded, block_bounds = xs
-        return _search_block(
-            values, needed, block_excluded, block_bounds, keys.values, tiles, k, metric
-        )
+        nothing = _nothing(tile.valid, others.rows.valid, k)
+        return lax.scan(step, nothing, others.tiles)[0]
 
-    parts = (queries.values, queries.valid, excluded, bounds)
-    found = lax.map(block, tuple(_blocks(part, rows) for part in parts))
-    return Found(*(x.reshape(-1, *x.shape[2:])[:n] for x in found))
+    kept = lax.map(block, mine.tiles)
+    nobody = jnp.full_like(queries.exponent, -1)
+    return _certified(mine, others, nobody, kept, k, metric)
 
 
 def search_both(
@@ -77,70 +92,72 @@ def search_both(
     *,
     k: int,
     metric: pairs.Metric,
-    tile: int = 2048,
+    tile: int | None = None,
 ) -> tuple[Found, Found]:
     """The k closest keys of each row and the k closest rows of each key.
 
     As two searches, from one product: each tile of `tile x tile` scores is read by
     rows and by columns. Both sides share one scale.
     """
-    sides = jax.tree.map(lax.stop_gradient, (rows, keys))
-    widths = k + _spare(k)
-    tiles = [
-        _tiles(side, min(tile, _rounded_up(max(side.values.shape[0], 1), _GROUP)))
-        for side in sides
-    ]
+    sides = [_side(side, metric, tile or _sizes().square) for side in (rows, keys)]
+    mine, others = (side.tiles for side in sides)
 
-    def nothing(valid):
-        # Computed from the data: under shard_map it must vary over the mesh as they do.
-        lowest = jnp.where(valid, -jnp.inf, -jnp.inf)
-        several = jnp.broadcast_to(lowest[..., None], (*valid.shape, widths))
-        return _Candidates(several, (several > 0).astype(jnp.int32), lowest)
-
-    def joined(kept, scores, first):
-        ids = first + jnp.arange(scores.shape[1], dtype=jnp.int32)
-        width = min(widths, scores.shape[1])
-        new = _keep(scores, jnp.broadcast_to(ids, scores.shape), width)
-        both = _keep(
-            jnp.concatenate([kept.scores, new.scores], axis=1),
-            jnp.concatenate([kept.ids, new.ids], axis=1),
-            widths,
-        )
-        dropped = jnp.maximum(kept.excluded, new.excluded)
-        return both._replace(excluded=jnp.maximum(both.excluded, dropped))
-
-    def row_tile(of_keys, mine):
+    def row_tile(of_keys, a):
         def key_tile(of_rows, xs):
-            theirs, kept = xs
-            scores = pairs.tile_closeness(mine.values, theirs.values, metric)
-            allowed = mine.valid[:, None] & theirs.valid[None, :]
-            scores = jnp.where(allowed, scores, -jnp.inf)
-            of_rows = joined(of_rows, scores, theirs.first)
-            return of_rows, joined(kept, scores.T, mine.first)
+            b, kept = xs
+            scores = _scores(a, b)
+            of_rows = _joined(of_rows, scores, b.first)
+            return of_rows, _joined(kept, scores.T, a.first)
 
-        of_rows, of_keys = lax.scan(key_tile, nothing(mine.valid), (tiles[1], of_keys))
+        nothing = _nothing(a.valid, keys.valid, k)
+        of_rows, of_keys = lax.scan(key_tile, nothing, (others, of_keys))
         return of_keys, of_rows
 
-    of_keys, of_rows = lax.scan(row_tile, nothing(tiles[1].valid), tiles[0])
+    of_keys, of_rows = lax.scan(row_tile, _nothing(others.valid, rows.valid, k), mine)
+    found = []
+    for me, kept in enumerate((of_rows, of_keys)):
+        nobody = jnp.full_like(sides[me].rows.exponent, -1)
+        both = sides[me], sides[1 - me]
+        found.append(_certified(*both, nobody, kept, k, metric))
+    return found[0], found[1]
 
-    def certified(me, kept):
-        mine, other = sides[me], sides[1 - me]
-        size = tiles[me].valid.shape[1]
 
-        def block(xs):
-            values, valid, bounds, kept = xs
-            nobody = jnp.full_like(kept.ids[:, 0], -1)
-            return _certified(
-                *(values, valid, nobody, bounds, kept),
-                *(other.values, tiles[1 - me], k, metric),
-            )
+def search_own(
+    rows: pairs.Rows,
+    *,
+    k: int,
+    metric: pairs.Metric,
+    include_self: bool,
+    tile: int | None = None,
+) -> Found:
+    """The k closest rows of each row: a tile off the diagonal serves both of its sides.
 
-        bounds = _blocks(pairs.bound(mine, other, metric), size)
-        found = lax.map(block, (tiles[me].values, tiles[me].valid, bounds, kept))
-        count = mine.values.shape[0]
-        return Found(*(x.reshape(-1, *x.shape[2:])[:count] for x in found))
+    As `search(rows, rows)`, from about half of its products; the rows share one scale.
+    """
+    side = _side(rows, metric, tile or _sizes().square)
+    tiles = side.tiles
+    count, size = tiles.valid.shape
+    itself = np.eye(size, dtype=bool) & (not include_self)
 
-    return certified(0, of_rows), certified(1, of_keys)
+    def diagonal(a):
+        scores = jnp.where(itself, -jnp.inf, _scores(a, a))
+        return _joined(_nothing(a.valid, rows.valid, k), scores, a.first)
+
+    def off_diagonal(kept, pair):
+        i, j = pair
+        a, b = _at(tiles, i), _at(tiles, j)
+        scores = _scores(a, b)
+        for at, seen, first in ((i, scores, b.first), (j, scores.T, a.first)):
+            new = _joined(_at(kept, at), seen, first)
+            kept = jax.tree.map(lambda x, y, at=at: x.at[at].set(y), kept, new)
+        return kept, None
+
+    kept = lax.map(diagonal, tiles)
+    if count > 1:
+        kept, _ = lax.scan(off_diagonal, kept, np.triu_indices(count, 1))
+    ids = jnp.arange(len(rows.valid), dtype=jnp.int32)
+    excluded = jnp.full_like(ids, -1) if include_self else ids
+    return _certified(side, side, excluded, kept, k, metric)
 
 
 def pair_scores(
@@ -153,7 +170,7 @@ def pair_scores(
     n, k = indices.shape
     if n == 0 or k == 0:
         return jnp.zeros((n, k))
-    rows = max(1, min(n, _GATHERED // max(1, k * queries.values.shape[1])))
+    rows = max(1, min(n, _sizes().gathered // max(1, k * queries.values.shape[1])))
 
     @jax.checkpoint
     def block(xs):
@@ -164,101 +181,73 @@ def pair_scores(
     return lax.map(block, blocks).reshape(-1, k)[:n]
 
 
-class _Tiles(NamedTuple):
-    values: Float[Array, "tiles t d"]
-    valid: Bool[Array, "tiles t"]
-    first: Int[Array, " tiles"]
+class _Tile(NamedTuple):
+    """Rows as products and masks need them; of all tiles, with an axis in front."""
+
+    factors: halves.Factors
+    valid: Bool[Array, "*tiles t"]
+    first: Int[Array, "*tiles"]
 
 
-def _tiles(keys: pairs.Rows, size: int) -> _Tiles:
-    values, valid = _blocks(keys.values, size), _blocks(keys.valid, size)
-    return _Tiles(values, valid, size * jnp.arange(len(valid), dtype=jnp.int32))
+class _Side(NamedTuple):
+    rows: pairs.Rows
+    lengths: halves.Lengths
+    tiles: _Tile
 
 
-def _spare(k: int) -> int:
-    """How many candidates are kept beyond k."""
-    return max(16, k // 8)
+def _side(rows: pairs.Rows, metric: pairs.Metric, size: int) -> _Side:
+    """Rows cut into tiles of about equal size, of at most `size`."""
+    rows = jax.tree.map(lax.stop_gradient, rows)
+    factors, lengths = halves.split(rows, metric)
+    n = max(len(rows.valid), 1)
+    size = _rounded_up(-(-n // -(-n // size)), _GROUP)
+    factors, valid = (_blocks(x, size) for x in (factors, rows.valid))
+    first = size * jnp.arange(len(valid), dtype=jnp.int32)
+    return _Side(rows, lengths, _Tile(factors, valid, first))
 
 
-def _tile(tiles: _Tiles, i: int | Array) -> _Tiles:
-    return _Tiles(*(x[i] for x in tiles))
+def _at(tree: Any, i: Int[Array, ""]) -> Any:
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def _scores(a: _Tile, b: _Tile) -> Float[Array, "r t"]:
+    scores = halves.closeness(a.factors, b.factors)
+    return jnp.where(a.valid[:, None] & b.valid[None, :], scores, -jnp.inf)
 
 
 class _Candidates(NamedTuple):
     """Keys kept so far; `excluded` is the largest score among those dropped."""
 
-    scores: Float[Array, "r c"]
-    ids: Int[Array, "r c"]
-    excluded: Float[Array, " r"]
+    scores: Float[Array, "*tiles r c"]
+    ids: Int[Array, "*tiles r c"]
+    excluded: Float[Array, "*tiles r"]
 
 
-def _search_block(values, needed, excluded, bounds, key_values, tiles, k, metric):
-    spare = _spare(k)
-    width = min(k + spare, tiles.values.shape[1])
-
-    def from_tile(tile: _Tiles) -> _Candidates:
-        scores = pairs.tile_closeness(values, tile.values, metric)
-        ids = tile.first + jnp.arange(scores.shape[1], dtype=jnp.int32)
-        allowed = tile.valid[None, :] & (ids[None, :] != excluded[:, None])
-        scores = jnp.where(allowed, scores, -jnp.inf)
-        return _keep(scores, jnp.broadcast_to(ids, scores.shape), width)
-
-    def step(kept, i):
-        new = from_tile(_tile(tiles, i))
-        joined = _keep(
-            jnp.concatenate([kept.scores, new.scores], axis=1),
-            jnp.concatenate([kept.ids, new.ids], axis=1),
-            min(k + spare, kept.scores.shape[1] + new.scores.shape[1]),
-        )
-        dropped = jnp.maximum(kept.excluded, new.excluded)
-        return joined._replace(excluded=jnp.maximum(joined.excluded, dropped)), None
-
-    # The first tiles stand outside of the scan: its carry must enter with the width,
-    # and under shard_map with the mesh axes, that it leaves with.
-    kept, used, count = from_tile(_tile(tiles, 0)), 1, tiles.first.shape[0]
-    while used < count and kept.scores.shape[1] < k + spare:
-        kept, _ = step(kept, used)
-        used += 1
-    if used < count:
-        kept, _ = lax.scan(step, kept, jnp.arange(used, count))
-
-    return _certified(
-        values, needed, excluded, bounds, kept, key_values, tiles, k, metric
-    )
+def _nothing(mine: Array, others: Array, k: int) -> _Candidates:
+    # Computed from the data: under shard_map it must vary over the mesh as they do.
+    lowest = jnp.where(mine & others.any(), -jnp.inf, -jnp.inf)
+    # More than k, as products may order some otherwise than pair scores do: the more,
+    # the longer their sums are.
+    width = k + max(16, k // 2)
+    several = jnp.broadcast_to(lowest[..., None], (*mine.shape, width))
+    return _Candidates(several, (several > 0).astype(jnp.int32), lowest)
 
 
-def _certified(
-    values, needed, excluded, bounds, kept, key_values, tiles, k, metric
-) -> Found:
-    """The k best of the `kept` keys by pair score, or of all keys where unproved."""
-    r, m = values.shape[0], key_values.shape[0]
-    known = kept.scores > -jnp.inf
-    ids = jnp.where(known, kept.ids, m)
-    size = max(1, _GATHERED // max(1, ids.shape[1] * values.shape[1]))
-    size = min(r, size)
-    exact = lax.map(
-        lambda xs: pairs.pair_closeness(
-            xs[0], key_values[jnp.minimum(xs[1], m - 1)], metric
-        ),
-        (_blocks(values, size), _blocks(ids, size)),
-    ).reshape(-1, ids.shape[1])[:r]
-    exact = jnp.where(known, exact, -jnp.inf)
-    cost, ids = lax.sort((-exact, ids), dimension=1, num_keys=2)
-    ids = ids[:, :k]
-    if ids.shape[1] < k:  # fewer keys than k
-        ids = jnp.pad(ids, ((0, 0), (0, k - ids.shape[1])), constant_values=m)
-        last = jnp.full_like(bounds, -jnp.inf)
-    else:
-        last = -cost[:, k - 1]
-    proved = (kept.excluded == -jnp.inf) | (last - kept.excluded > bounds)
-    unproved = needed & ~proved
-    ids = _rescue(values, excluded, unproved, ids, tiles, m, k, metric)
-    ids = jnp.where((ids < m) & needed[:, None], ids, -1)
-    return Found(ids, unproved)
+def _joined(
+    kept: _Candidates, scores: Float[Array, "r t"], first: Int[Array, ""]
+) -> _Candidates:
+    """The best of those kept and of a tile whose first key has the id `first`."""
+    width = kept.scores.shape[1]
+    new, positions, dropped = _best(scores, width)
+    ids = jnp.concatenate([kept.ids, first + positions], axis=1)
+    both, chosen, left_out = _best(jnp.concatenate([kept.scores, new], axis=1), width)
+    ids = jnp.take_along_axis(ids, chosen, axis=1)
+    excluded = jnp.maximum(jnp.maximum(kept.excluded, dropped), left_out)
+    return _Candidates(both, ids, excluded)
 
 
-def _keep(scores: Array, ids: Array, width: int) -> _Candidates:
-    """The `width` largest scores of each row, and the largest of those left out.
+def _best(scores: Array, width: int) -> tuple[Array, Array, Array]:
+    """The `width` largest scores of each row, where, and the largest of the others.
 
     Groups of columns are compared by their maxima first: the largest scores lie in
     the groups with the largest maxima, and a group maximum is nearly free.
@@ -268,19 +257,20 @@ def _keep(scores: Array, ids: Array, width: int) -> _Candidates:
     while group > 1 and (t % group or t // group < 2 * (width + 1)):
         group //= 2
     if group > 1:
-        grouped = scores.reshape(r, group, t // group)
-        _, chosen = _largest(grouped.max(axis=1), width + 1)
         # Columns of a group are strided, so that neighbouring ids part company.
-        columns = chosen[:, None, :] + jnp.arange(group)[:, None] * (t // group)
-        columns = columns.reshape(r, -1)
-        scores = jnp.take_along_axis(scores, columns, axis=1)
-        ids = jnp.take_along_axis(ids, columns, axis=1)
-        t = scores.shape[1]
-    values, positions = _largest(scores, min(width + 1, t))
-    left_out = values[:, width] if t > width else jnp.full_like(values[:, 0], -jnp.inf)
+        stride = t // group
+        _, groups = _largest(scores.reshape(r, group, stride).max(axis=1), width + 1)
+        columns = groups[:, None, :] + stride * jnp.arange(group)[:, None]
+        scores = jnp.take_along_axis(scores, columns.reshape(r, -1), axis=1)
+    values, positions = _largest(scores, min(width + 1, scores.shape[1]))
+    left_out = jnp.full_like(values[:, 0], -jnp.inf)
+    if values.shape[1] > width:
+        left_out = values[:, width]
     positions = positions[:, :width]
-    kept = jnp.take_along_axis(ids, positions, axis=1)
-    return _Candidates(values[:, :width], kept, left_out)
+    if group > 1:
+        member, at = positions // (width + 1), positions % (width + 1)
+        positions = jnp.take_along_axis(groups, at, axis=1) + stride * member
+    return values[:, :width], positions, left_out
 
 
 def _largest(scores: Array, count: int) -> tuple[Array, Array]:
@@ -288,7 +278,54 @@ def _largest(scores: Array, count: int) -> tuple[Array, Array]:
     return values, positions
 
 
-def _rescue(values, excluded, unproved, ids, tiles, m, k, metric):
+def _certified(
+    mine: _Side,
+    others: _Side,
+    excluded: Int[Array, " n"],
+    kept: _Candidates,
+    k: int,
+    metric: pairs.Metric,
+) -> Found:
+    """The k best of the candidates; key `excluded[i]` is none of row i's."""
+    n, columns = mine.rows.values.shape
+    size = mine.tiles.valid.shape[1]
+    bounds = halves.bound(mine.lengths, others.lengths, columns, metric)
+    keys = others.rows.values
+
+    def block(xs):
+        return _certified_block(*xs, keys, others.tiles, k, metric)
+
+    parts = _blocks((mine.rows.values, mine.rows.valid, excluded, bounds), size)
+    found = lax.map(block, (*parts, kept))
+    return Found(*(x.reshape(-1, *x.shape[2:])[:n] for x in found))
+
+
+def _certified_block(
+    values, needed, excluded, bounds, kept, key_values, tiles, k, metric
+) -> Found:
+    """The k best of the `kept` keys by pair score, or of all keys where unproved."""
+    r, m = values.shape[0], key_values.shape[0]
+    known = kept.scores > -jnp.inf
+    ids = jnp.where(known, kept.ids, m)
+    size = max(1, _sizes().gathered // max(1, ids.shape[1] * values.shape[1]))
+    size = min(r, size)
+    exact = lax.map(
+        lambda xs: pairs.pair_closeness(
+            xs[0], key_values[jnp.minimum(xs[1], m - 1)], metric
+        ),
+        _blocks((values, ids), size),
+    ).reshape(-1, ids.shape[1])[:r]
+    exact = jnp.where(known, exact, -jnp.inf)
+    cost, ids = lax.sort((-exact, ids), dimension=1, num_keys=2)
+    ids, last = ids[:, :k], -cost[:, k - 1]
+    proved = (kept.excluded == -jnp.inf) | (last - kept.excluded > bounds)
+    unproved = needed & ~proved
+    ids = _rescue(values, excluded, unproved, ids, key_values, tiles, k, metric)
+    ids = jnp.where((ids < m) & needed[:, None], ids, -1)
+    return Found(ids, unproved)
+
+
+def _rescue(values, excluded, unproved, ids, key_values, tiles, k, metric):
     """Replaces the rows of `ids` that are `unproved`, a few at a time."""
     r = values.shape[0]
     count = min(_RESCUED, r)
@@ -297,7 +334,7 @@ def _rescue(values, excluded, unproved, ids, tiles, m, k, metric):
         ids, left = state
         chosen = jnp.nonzero(left, size=count, fill_value=r)[0]
         safe = jnp.minimum(chosen, r - 1)
-        exact = _exhaustive(values[safe], excluded[safe], tiles, m, k, metric)
+        exact = _exhaustive(values[safe], excluded[safe], key_values, tiles, k, metric)
         return (
             ids.at[chosen].set(exact, mode="drop"),
             left.at[chosen].set(False, mode="drop"),
@@ -306,35 +343,36 @@ def _rescue(values, excluded, unproved, ids, tiles, m, k, metric):
     return lax.while_loop(lambda state: state[1].any(), body, (ids, unproved))[0]
 
 
-def _exhaustive(values, excluded, tiles, m, k, metric):
+def _exhaustive(values, excluded, key_values, tiles, k, metric):
     """The k best of every pair score; of equal ones the lower index."""
+    m, size = key_values.shape[0], tiles.valid.shape[1]
 
-    def from_tile(tile):
-        exact = pairs.every_closeness(values, tile.values, metric)
-        ids = tile.first + jnp.arange(exact.shape[1], dtype=jnp.int32)
-        allowed = tile.valid[None, :] & (ids[None, :] != excluded[:, None])
-        cost = jnp.where(allowed, -exact, jnp.inf)
-        return cost, jnp.where(allowed, ids[None, :], m)
-
-    def step(best, i):
-        new = from_tile(_tile(tiles, i))
+    def step(best, tile):
+        valid, first = tile
+        ids = first + jnp.arange(size, dtype=jnp.int32)
+        keys = key_values[jnp.minimum(ids, m - 1)]
+        exact = pairs.every_closeness(values, keys, metric)
+        allowed = valid[None, :] & (ids[None, :] != excluded[:, None])
+        new = jnp.where(allowed, -exact, jnp.inf), jnp.where(allowed, ids[None, :], m)
         joined = [jnp.concatenate(pair, axis=1) for pair in zip(best, new)]
         return tuple(x[:, :k] for x in lax.sort(joined, dimension=1, num_keys=2)), None
 
-    cost, ids = from_tile(_tile(tiles, 0))
-    short = max(0, k - cost.shape[1])
-    cost = jnp.pad(cost, ((0, 0), (0, short)), constant_values=jnp.inf)
-    ids = jnp.pad(ids, ((0, 0), (0, short)), constant_values=m)
-    best = tuple(x[:, :k] for x in lax.sort((cost, ids), dimension=1, num_keys=2))
-    best, _ = lax.scan(step, best, jnp.arange(1, tiles.first.shape[0]))
-    return best[1]
+    # Computed from the data, as in `_nothing`.
+    worst = jnp.where((values[:, :1] > 0) & tiles.valid.any(), jnp.inf, jnp.inf)
+    worst = jnp.broadcast_to(worst, (len(values), k))
+    best = worst, jnp.where(worst > 0, m, 0)
+    return lax.scan(step, best, (tiles.valid, tiles.first))[0][1]
 
 
-def _blocks(x: Array, size: int) -> Array:
-    """`x` cut along its first axis into blocks of `size`, zeros filling the last."""
-    count = -(-x.shape[0] // size)
-    padding = [(0, count * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, padding).reshape(count, size, *x.shape[1:])
+def _blocks(tree: Any, size: int) -> Any:
+    """Arrays cut along their first axis into blocks; zeros fill the last one."""
+
+    def cut(x):
+        count = -(-x.shape[0] // size)
+        padding = [(0, count * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(count, size, *x.shape[1:])
+
+    return jax.tree.map(cut, tree)
 
 
 def _rounded_up(value: int, multiple: int) -> int:

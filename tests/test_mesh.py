@@ -239,7 +239,7 @@ def test_a_lens_sends_the_vocabulary_and_multiplies_its_share(rng):
 
 
 @pytest.mark.parametrize(
-    "shape, parts", [((2, 70, 12), 8), ((9, 30), 2), ((1600, 6), 2)]
+    "shape, parts", [((2, 70, 12), 8), ((9, 30), 2), ((5, 4), 8), ((1600, 6), 2)]
 )
 def test_probes_are_dealt_out(rng, shape, parts, monkeypatch):
     monkeypatch.setattr(batching, "MARGINS", 64)

@@ -20,6 +20,7 @@ from jaxling import kernels
 from jaxling.kernels import (
     concrete,
     dispatch,
+    halves,
     pairs,
     panels,
     prefilter,
@@ -522,13 +523,13 @@ def test_panels_brought_together_are_the_whole(rng, metric, implementation):
 
 
 def test_both_directions_of_a_trace_share_one_product(rng, monkeypatch):
-    products, multiply = [], pairs.tile_closeness
+    products, multiply = [], halves.closeness
 
     def counted(*operands):
         jax.debug.callback(lambda: products.append(1))
         return multiply(*operands)
 
-    monkeypatch.setattr(pairs, "tile_closeness", counted)
+    monkeypatch.setattr(halves, "closeness", counted)
     a, b = (rng.normal(size=(n, 3)).astype(np.float32) for n in (37, 23))
     found = kernels.cross_neighbors(a, b, k=4, metric="dot", implementation="traced")
     jax.block_until_ready(found)

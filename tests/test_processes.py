@@ -27,17 +27,16 @@ PROGRAM = """
     pairs = kernels.all_pairs_neighbors(x.view(Watched), k={k}, mesh=mesh)
     rows = [one[0].indices(10**6)[:2] for one in read]
     found = {{"scores": pairs.scores, "indices": pairs.indices}}
-    if {everything}:
-        some = kernels.nearest_neighbors(x[:3], x, k={k}, metric="l2", mesh=mesh)
-        found["l2"] = some.scores
-        lse = kernels.log_sum_exp(), kernels.count_above(np.zeros(len(x)))
-        found["lse"], found["above"] = kernels.reduce_scores(x, x, lse, mesh=mesh)
-        lens = kernels.project_layers(
-            x[None, :7], x, k=2, targets=np.arange(7), mesh=mesh
-        )
-        found["top"], found["rank"] = lens.top_tokens, lens.target_ranks
-        problems = kernels.one_vs_rest(np.arange(len(x)) % 3)
-        found["weights"] = kernels.fit_logistic(x, problems, mesh=mesh).weights
+    some = kernels.nearest_neighbors(x[:3], x, k={k}, metric="l2", mesh=mesh)
+    found["l2"] = some.scores
+    lse = kernels.log_sum_exp(), kernels.count_above(np.zeros(len(x)))
+    found["lse"], found["above"] = kernels.reduce_scores(x, x, lse, mesh=mesh)
+    lens = kernels.project_layers(
+        x[None, :7], x, k=2, targets=np.arange(7), mesh=mesh
+    )
+    found["top"], found["rank"] = lens.top_tokens, lens.target_ranks
+    problems = kernels.one_vs_rest(np.arange(len(x)) % 3)
+    found["weights"] = kernels.fit_logistic(x, problems, mesh=mesh).weights
     share = number, {count}
     swept = sweeps.sweep_neighbors(x, k={k}, panel=10, share=share, progress=False)
     # Collectives wait for 30 seconds; a process may need longer for its share.
@@ -58,7 +57,6 @@ def test_processes_find_what_one_does(rng, tmp_path, count, devices):
         all=count * devices,
         folder=str(tmp_path),
         k=K,
-        everything=count == 2,
         late=1 if count > 2 else -1,
     )
     processes.run(program, count, devices)
@@ -73,21 +71,20 @@ def test_processes_find_what_one_does(rng, tmp_path, count, devices):
         for a, b in found["read"]:
             assert 12 * devices * number <= a < b <= 12 * devices * (number + 1)
             covered[a:b] += 1
-        if count == 2:
-            l2 = kernels.nearest_neighbors(x[:3], x, k=K, metric="l2")
-            np.testing.assert_allclose(found["l2"], l2.scores, rtol=1e-6)
-            lse = jax.nn.logsumexp(x @ x.T, axis=1)
-            np.testing.assert_allclose(found["lse"], lse, rtol=1e-6)
-            np.testing.assert_array_equal(found["above"], (x @ x.T > 0).sum(axis=1))
-            scores = x[:7] @ x.T
-            order = np.argsort(-scores, axis=1)
-            np.testing.assert_array_equal(found["top"][0], order[:, :2])
-            own = scores[np.arange(7), np.arange(7)][:, None]
-            np.testing.assert_array_equal(
-                found["rank"][0, :, 0], (scores > own).sum(axis=1)
-            )
-            fit = kernels.fit_logistic(x, kernels.one_vs_rest(np.arange(N) % 3))
-            np.testing.assert_allclose(found["weights"], fit.weights, atol=1e-4)
+        l2 = kernels.nearest_neighbors(x[:3], x, k=K, metric="l2")
+        np.testing.assert_allclose(found["l2"], l2.scores, rtol=1e-6)
+        lse = jax.nn.logsumexp(x @ x.T, axis=1)
+        np.testing.assert_allclose(found["lse"], lse, rtol=1e-6)
+        np.testing.assert_array_equal(found["above"], (x @ x.T > 0).sum(axis=1))
+        scores = x[:7] @ x.T
+        order = np.argsort(-scores, axis=1)
+        np.testing.assert_array_equal(found["top"][0], order[:, :2])
+        own = scores[np.arange(7), np.arange(7)][:, None]
+        np.testing.assert_array_equal(
+            found["rank"][0, :, 0], (scores > own).sum(axis=1)
+        )
+        fit = kernels.fit_logistic(x, kernels.one_vs_rest(np.arange(N) % 3))
+        np.testing.assert_allclose(found["weights"], fit.weights, atol=1e-4)
     assert (covered[:N] > 0).all()
 
 

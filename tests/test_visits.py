@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxling import kernels
-from jaxling.kernels import neighbors
+from jaxling.kernels import neighbors, visits
 
 REDUCERS = {"lse": kernels.log_sum_exp(), "best": kernels.maximum()}
 
@@ -65,6 +65,26 @@ def live():
     return sum(x.nbytes for x in jax.live_arrays())
 
 
+def test_the_next_block_is_read_before_one_is_searched():
+    happened = []
+
+    class Noted(np.ndarray):
+        def __getitem__(self, index):
+            happened.append(("read", index.start))
+            return np.asarray(self)[index]
+
+    def step(state, block, first):
+        happened.append(("search", first))
+        return state + block.sum()
+
+    keys = np.arange(10, dtype=np.float32).reshape(5, 2)
+    assert visits.visit(keys.view(Noted), 2, step, 0) == 45
+    assert happened == [
+        *(("read", 0), ("read", 2), ("search", 0), ("read", 4)),
+        *(("search", 2), ("search", 4)),
+    ]
+
+
 @pytest.mark.parametrize("block", [256, 1024])
 def test_the_block_caps_the_memory_of_the_device(rng, record_property, block):
     """All arrays that are there, and what the compiled step needs besides."""
@@ -75,10 +95,7 @@ def test_the_block_caps_the_memory_of_the_device(rng, record_property, block):
     found = kernels.nearest_neighbors(queries, watched, k=k, block=block)
     one = kernels.nearest_neighbors(queries, keys, k=k)
     np.testing.assert_array_equal(found.indices, one.indices)
-    nobody = np.full(n, -1, np.int32)
-    step = neighbors._traced.lower(
-        *(queries, keys[:block], nobody), k=k, metric="cosine"
-    )
+    step = neighbors._traced.lower(queries, keys[:block], k=k, metric="cosine")
     temporary = step.compile().memory_analysis().temp_size_in_bytes
     arrays = watched.most - before
     peak = arrays + temporary
