@@ -227,7 +227,7 @@ def neighbors(n: int, d: int) -> None:
         ),
         _REPEATS.value,
     )
-    found = {}
+    found: dict[str, Any] = {}
     for name in [name for name in ("ours", "mosaic") if name in results]:
         of = "" if name == "ours" else f" {name}"
         lists, proof = results[name]

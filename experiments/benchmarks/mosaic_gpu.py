@@ -271,8 +271,8 @@ def _searched(
         padding = [(0, size - n)] + [(0, columns)] * (part.ndim - 1)
         return jnp.pad(part, padding)
 
-    columns = padded(inverse), padded(jnp.where(valid, OFFSET, 0.0))
-    columns = jnp.stack([part.reshape(-1, config.tile_n) for part in columns], axis=1)
+    per_key = padded(inverse), padded(jnp.where(valid, OFFSET, 0.0))
+    columns = jnp.stack([part.reshape(-1, config.tile_n) for part in per_key], axis=1)
     maxima, thirds = group_maxima(
         padded(rounded, -d % config.tile_k), columns, walk, config=config, **knobs
     )
@@ -299,8 +299,8 @@ def _searched(
         return -cost[:, :k], ids[:, :k], jnp.where(everyone, jnp.inf, last)
 
     parts = maxima, thirds.max(axis=0), padded(values), padded(inverse)
-    parts = (part.reshape(-1, config.rows, *part.shape[1:]) for part in parts)
-    found = lax.map(block, tuple(parts))
+    blocks = [part.reshape(-1, config.rows, *part.shape[1:]) for part in parts]
+    found = lax.map(block, tuple(blocks))
     scores, ids, margin = (part.reshape(size, *part.shape[2:])[:n] for part in found)
     unproved = valid & ~(margin > _bound(residual, d))
     empty = (ids == n) | ~valid[:, None]
