@@ -71,7 +71,10 @@ def pack(problems: Problems, *, sampled: bool = False) -> Packed:
     groups = [part for all_ in _connected(problems) for part in _divide(all_, outputs)]
     lengths = np.array([len(t.rows) for tiles, _ in groups for t in tiles])
     block = _block_rows(lengths)
-    whole = [_Group(tiles, ids, [1.0] * len(tiles)) for tiles, ids in groups]
+    whole = [
+        _Group([_shuffled(t, block) for t in tiles], ids, [1.0] * len(tiles))
+        for tiles, ids in groups
+    ]
     parts = [part for g in whole if (part := _sample(g, block))] if sampled else []
     drawn = _drawn(whole, block, outputs), _drawn(parts, block, outputs)
     made = _arrays([*drawn[0], *drawn[1]], block)
@@ -88,14 +91,26 @@ class _Group(NamedTuple):
     shares: list[float]
 
 
+def _shuffled(tile: Tile, block: int) -> Tile:
+    """The tile's rows in a fixed shuffled order, sorted by label, if it has blocks.
+
+    Dealt out to the blocks in that order, any one block is a fair sample of the tile.
+    """
+    if len(tile.rows) <= block:
+        return tile
+    order = np.random.default_rng(0).permutation(len(tile.rows))
+    order = order[np.argsort(tile.labels[0][order], kind="stable")]
+    weights = None if tile.weights is None else tile.weights[..., order]
+    return Tile(tile.rows[order], tile.problems, tile.labels[:, order], weights)
+
+
 def _sample(group: _Group, block: int) -> _Group | None:
     """The group on about an eighth of the rows of its tiles of several blocks."""
     tiles, shares = [], []
     for tile in group.tiles:
         count = -(-len(tile.rows) // block)
         taken = count if count < 4 else -(-count // SAMPLE)
-        own = _order(tile, block)[:, :taken].ravel()
-        own = np.unique(own[own < len(tile.rows)])
+        own = np.flatnonzero(np.arange(len(tile.rows)) % count < taken)
         weights = None if tile.weights is None else tile.weights[..., own]
         tiles.append(Tile(tile.rows[own], tile.problems, tile.labels[:, own], weights))
         shares.append(len(tile.rows) / len(own))
@@ -259,11 +274,11 @@ def _arrays(batches: list[list[_Group]], r: int) -> list[Batch]:
 
 
 def _fill(one: Batch, tile: Tile, block: int, number: int, group: int) -> int:
-    """Writes a tile's blocks from `block` on; returns the next free block."""
+    """Deals a tile out to blocks from `block` on; returns the next free block."""
     b, r = len(tile.rows), one.rows.shape[1]
-    place = _order(tile, r).T
-    count, real = len(place), place < b
-    place = place % b
+    count = -(-b // r)
+    place = np.arange(count * r).reshape(r, count).T
+    real, place = place < b, place % b
     at = slice(block, block + count)
     one.rows[at] = tile.rows[place]
     columns = len(tile.problems)
@@ -277,19 +292,3 @@ def _fill(one: Batch, tile: Tile, block: int, number: int, group: int) -> int:
             one.weights[at] = tile.weights[place][:, None]
     one.tile[at], one.group[at], one.used[at] = number, group, True
     return block + count
-
-
-def _order(tile: Tile, r: int) -> np.ndarray:
-    """`[r, blocks]` which of the `b` rows goes where; padding is such a number plus b.
-
-    Rows are dealt to the blocks in a fixed shuffled order, sorted by label, so that
-    any one block is a fair sample of the tile.
-    """
-    b = len(tile.rows)
-    count = -(-b // r)
-    order = np.arange(b)
-    if count > 1:
-        order = np.random.default_rng(0).permutation(b)
-        order = order[np.argsort(tile.labels[0][order], kind="stable")]
-    place = np.arange(count * r).reshape(r, count)
-    return order[place % b] + np.where(place < b, 0, b)

@@ -84,13 +84,13 @@ def fit_logistic(
     outputs = 1 if problems.classes == 2 else problems.classes
     layers = x.shape[0] if x.ndim == 3 else 1
     starts = _starts(start, problems.count, outputs, layers, x.shape[-1], dtype)
-    _check_finite(x)
     problems, used = _numbered_by_use(problems, *x.shape[-2:])
     pairs = batching.pairs_of_rows(problems.tiles)
     if mesh is None:
         spaces = (_space(x, layer, used, pairs, dtype) for layer in range(layers))
         first = next(spaces)  # is computed while the problems are packed
     packed = batching.pack(problems, sampled=start is None)
+    _check_finite(x)
     stages = [_Stage(packed.batches, packed.ids, tolerance, max_iterations)]
     if packed.samples:
         most = min(max_iterations, SAMPLE_ITERATIONS)
