@@ -139,7 +139,12 @@ def _orthonormal(span: Float[Array, "d m"]) -> Float[Array, "d m"]:
     tiny = jnp.finfo(span.dtype).tiny
     one = jnp.eye(len(gram), dtype=span.dtype)
     root = jnp.linalg.cholesky(gram + (ridge + tiny) * one)
-    inverse = lax.linalg.triangular_solve(root, one, left_side=True, lower=True)
+
+    def row(i, inverse):  # row by row: BLAS wakes threads for it, which takes longer
+        own = one[i] - exact_product(root[i], inverse)
+        return inverse.at[i].set(own / root[i, i])
+
+    inverse = lax.fori_loop(0, len(gram), row, jnp.zeros_like(gram))
     return exact_product(span, inverse.T)
 
 
