@@ -14,6 +14,7 @@ from .problems import Problems, Tile, label_dtype
 COLUMNS = 64  # of one product, so that no rows x problems array of floats exists
 PROBLEMS = 512  # of one batch: bounds the solver's state
 MARGINS = 2**18  # rows x columns of a batch that groups of problems may share
+BATCH_ROWS = 4096  # and its rows, where those of the features are not more
 BLOCK_ROWS = 512  # a block, its margins and its residuals stay in cache
 SAMPLE = 8  # of so many blocks of a tile one is in the sample
 PAIRS = 1536  # of rows, whose differences estimate the covariance
@@ -121,16 +122,27 @@ def _drawn(groups: list[_Group], block: int, outputs: int) -> list[list[_Group]]
     """Groups by batch, the largest first."""
     rows = [sum(-(-len(t.rows) // block) for t in g.tiles) * block for g in groups]
     widths = [max(len(t.problems) for t in g.tiles) * outputs for g in groups]
+    most = max(BATCH_ROWS, _distinct(groups))
     batches: list[list[_Group]] = []
     size = held = width = 0
     for i in sorted(range(len(groups)), key=lambda i: -rows[i]):
         size, held = size + rows[i], held + len(groups[i].ids)
         width = max(width, widths[i])
-        if not batches or size * width > MARGINS or held > PROBLEMS:
+        fits = size <= most and size * width <= MARGINS and held <= PROBLEMS
+        if not batches or not fits:
             batches.append([])
             size, held, width = rows[i], len(groups[i].ids), widths[i]
         batches[-1].append(groups[i])
     return batches
+
+
+def _distinct(groups: list[_Group]) -> int:
+    """How many rows the groups read, each counted once."""
+    tiles = [tile.rows for group in groups for tile in group.tiles]
+    seen = np.zeros(max((rows.max() + 1 for rows in tiles), default=0), bool)
+    for rows in tiles:
+        seen[rows] = True
+    return int(seen.sum())
 
 
 def same_rows(a: Batch, b: Batch) -> bool:
@@ -165,7 +177,7 @@ def _connected(problems: Problems) -> list[list[Tile]]:
 
 
 def _divide(tiles: list[Tile], outputs: int) -> list[tuple[list[Tile], np.ndarray]]:
-    """A group of tiles cut by problems until columns and problems fit a batch.
+    """A group of tiles cut by problems, so that columns and problems fit a batch.
 
     A problem has `outputs` columns in the product.
     """
@@ -175,8 +187,13 @@ def _divide(tiles: list[Tile], outputs: int) -> list[tuple[list[Tile], np.ndarra
     parts = min(parts, len(ids))
     if parts == 1:
         return [(tiles, ids)]
+    # Neighbouring problems read the same rows, but they may be all those of a tile.
+    cuts = np.array_split(ids, parts)
+    widest = max(np.isin(tile.problems, own).sum() for tile in tiles for own in cuts)
+    if widest * outputs > COLUMNS:
+        cuts = [ids[i::parts] for i in range(parts)]
     divided = []
-    for own in np.array_split(ids, parts):
+    for own in cuts:
         kept = []
         for tile in tiles:
             column = np.isin(tile.problems, own)
@@ -239,9 +256,9 @@ def _arrays(batches: list[list[_Group]], r: int) -> list[Batch]:
     made = []
     for batch in batches:
         one = Batch(
-            rows=np.zeros((b, r), np.int32),
+            rows=np.full((b, r), batch[0].tiles[0].rows[0], np.int32),
             labels=np.full((b, c, r), -1, batch[0].tiles[0].labels.dtype),
-            weights=np.ones((b, wide, r), np.float32) if has_weights else None,
+            weights=np.ones((b, wide, r)) if has_weights else None,
             tile=np.zeros(b, np.int32),
             share=np.ones(b, np.float32),
             problem=np.full((t, c), p, np.int32),

@@ -193,8 +193,12 @@ def solve(
         gradient_norm=jnp.sqrt(_dot(state.gradient, state.gradient)),
         gap=state.gap,
         iterations=state.iterations,
-        converged=state.gap <= tolerance * state.objective,
+        converged=_solved(state.gap, state.objective, tolerance),
     )
+
+
+def _solved(gap, objective, tolerance) -> Bool[Array, " p"]:
+    return jnp.isfinite(objective) & (gap <= tolerance * objective)
 
 
 def _at_means(weights, rows: passes.Rows, batch) -> Float[Array, "p k"]:
@@ -260,7 +264,8 @@ def _iterate(job: _Job, s: _State) -> _State:
     moves = jnp.where(s.restart, 0, s.moves)
     whole = _chosen(s.restart, s.at, _direction(s, job.basis, l2))
     ahead, shift = lax.optimization_barrier(whole)
-    steps, bend = passes.forward(units, jnp.all(ahead == 0), block, moves, ahead, shift)
+    skip = s.restart & jnp.all(ahead == 0)
+    steps, bend = passes.forward(units, skip, block, moves, ahead, shift)
     last = s.last.weights
     bend = list(_sides(bend, batch).T)
     bend = [bend[:1], bend[1:3], bend[3:]]
@@ -313,7 +318,7 @@ def _iterate(job: _Job, s: _State) -> _State:
     better = (gap < s.best) | (objective < (1 - 1e-5) * s.objective)
     patience = jnp.where(better, PATIENCE, s.patience - 1)
     iterations = s.iterations + s.active
-    active = s.active & (gap > job.tolerance * objective) & (patience > 0)
+    active = s.active & ~_solved(gap, objective, job.tolerance) & (patience > 0)
     stays = by_column(s.active & ~kept)
     return _State(
         at=_chosen(moved, at, s.at),
@@ -341,7 +346,7 @@ def _units(job: _Job, s: _State) -> tuple[passes.Units, passes.Block]:
     order = jnp.nonzero(live, size=len(live), fill_value=0)[0]
     weights = (batch.labels >= 0) * batch.share[:, None, None].astype(s.margins.dtype)
     if batch.weights is not None:
-        weights = weights * batch.weights
+        weights = weights * batch.weights.astype(weights.dtype)
     margins = jnp.where(s.restart, 0, s.margins)
     return passes.Units(order, jnp.sum(live), batch.tile, tiles), passes.Block(
         job.values, batch.problem[batch.tile], batch.labels, weights, margins

@@ -72,30 +72,49 @@ def fit_logistic(
     x = jnp.asarray(x) if mesh is None else _concrete(x)
     if x.ndim not in (2, 3):
         raise ValueError(f"`x` must be [n, d] or [layer, n, d]; got shape {x.shape}.")
+    if 0 in x.shape:
+        raise ValueError(f"`x` must not be empty; got shape {x.shape}.")
+    if np.prod(x.shape[:-1]) >= 2**31:
+        raise ValueError(f"`x` must have fewer than 2**31 rows; got shape {x.shape}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"`x` must be floating point; got {x.dtype}.")
     if not 0 < tolerance < 1:
         raise ValueError(f"`tolerance` must be in (0, 1); got {tolerance}.")
+    if max_iterations != int(max_iterations) or max_iterations < 1:
+        raise ValueError(
+            f"`max_iterations` must be an integer > 0; got {max_iterations}."
+        )
     check(problems, x.shape[-2])
-    penalties = np.broadcast_to(np.asarray(l2, np.float64), (problems.count,))
-    if not (np.isfinite(penalties) & (penalties > 0)).all():
-        raise ValueError(f"`l2` must be finite and > 0; got {penalties.min()}.")
     dtype = jnp.promote_types(x.dtype, jnp.float32)
+    penalties = np.asarray(l2, dtype)
+    if penalties.shape not in ((), (1,), (problems.count,)):
+        raise ValueError(
+            f"`l2` must be one number or [{problems.count}], one a problem; got shape"
+            f" {penalties.shape}."
+        )
+    if not (np.isfinite(penalties) & (penalties > 0)).all():
+        raise ValueError(
+            f"`l2` must be finite and > 0 in {dtype.name}; got {penalties.min()}.."
+            f"{penalties.max()}."
+        )
+    penalties = np.broadcast_to(penalties, problems.count)
     outputs = 1 if problems.classes == 2 else problems.classes
     layers = x.shape[0] if x.ndim == 3 else 1
-    starts = _starts(start, problems.count, outputs, layers, x.shape[-1], dtype)
+    starts = _starts(
+        *(start, problems.count, outputs, layers, x.ndim == 2, x.shape[-1], dtype)
+    )
     problems, used = _numbered_by_use(problems, *x.shape[-2:])
     pairs = batching.pairs_of_rows(problems.tiles)
     if mesh is None:
         spaces = (_space(x, layer, used, pairs, dtype) for layer in range(layers))
         first = next(spaces)  # is computed while the problems are packed
-    packed = batching.pack(problems, sampled=start is None)
+    sampled = start is None and max_iterations > 2 * SAMPLE_ITERATIONS
+    packed = batching.pack(problems, sampled=sampled)
     _check_finite(x)
     stages = [_Stage(packed.batches, packed.ids, tolerance, max_iterations)]
     if packed.samples:
-        most = min(max_iterations, SAMPLE_ITERATIONS)
-        stages.insert(0, _Stage(packed.samples, packed.sample_ids, SAMPLE_GAP, most))
-    penalties = penalties.astype(dtype)
+        sample = packed.samples, packed.sample_ids, SAMPLE_GAP, SAMPLE_ITERATIONS
+        stages.insert(0, _Stage(*sample))
     if mesh is None:
         fits = _solved_here(itertools.chain([first], spaces), stages, starts, penalties)
     else:
@@ -340,7 +359,7 @@ def _stacked(fits: list[LogisticFit]) -> LogisticFit:
     return jax.tree.map(lambda *a: jnp.stack(a), *fits)
 
 
-def _starts(start, count, outputs, layers, d, dtype) -> list[Start]:
+def _starts(start, count, outputs, layers, flat, d, dtype) -> list[Start]:
     """Of each layer where its problems begin; at zero where there is no `start`."""
     none = jnp.zeros(count, jnp.int32)
     if start is None:
@@ -350,16 +369,19 @@ def _starts(start, count, outputs, layers, d, dtype) -> list[Start]:
         )
         return [Start(*zeros, none)] * layers
     weights, intercepts = (jnp.asarray(part, dtype) for part in start)
+    each = () if outputs == 1 else (outputs,)
     for name, value, own in (
-        ("weights", weights, (outputs, d)),
-        ("intercepts", intercepts, (outputs,)),
+        ("weights", weights, (d,)),
+        ("intercepts", intercepts, ()),
     ):
-        size = layers * count * int(np.prod(own))
-        if value.size != size:
+        wanted = (count, *each, *own) if flat else (layers, count, *each, *own)
+        if value.shape != wanted:
             raise ValueError(
-                f"`start` must hold {name} of {count} problems and {layers} layer(s),"
-                f" {size} numbers; got shape {value.shape}."
+                f"`start` must hold {name} shaped as in the result, {list(wanted)};"
+                f" got {list(value.shape)}."
             )
+        if not isinstance(value, jax.core.Tracer) and not np.isfinite(value.sum()):
+            raise ValueError(f"`start` must be finite; its {name} are not.")
     weights = weights.reshape(layers, count, outputs, d)
     intercepts = intercepts.reshape(layers, count, outputs)
     return [Start(*own, none) for own in zip(weights, intercepts)]

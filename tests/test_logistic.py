@@ -147,6 +147,45 @@ def test_hard_geometry_is_solved_or_owned_up_to(rng):
     assert np.isfinite(np.asarray(fit.weights)).all()
 
 
+def test_features_without_variance_leave_the_intercept(rng):
+    labels = np.repeat([0, 1], [15, 5])
+    problems = kernels.one_vs_rest(labels)
+    for x in (np.zeros((20, 3)), np.ones((20, 3)), 1e-20 * rng.normal(size=(20, 3))):
+        fit = kernels.fit_logistic(x.astype(np.float32), problems, l2=1.0)
+        assert fit.converged.all()
+        np.testing.assert_allclose(fit.intercepts, np.log([3, 1 / 3]), rtol=1e-3)
+
+
+def test_a_row_that_nobody_reads_has_no_part(rng):
+    x, labels = clusters(rng, 2000, 6, 4)
+    labels[0] = -1
+    problems = kernels.leave_folds_out(kernels.one_vs_rest(labels), np.arange(2000) % 9)
+    fit = kernels.fit_logistic(x, problems)
+    x[0] *= 1e15
+    far = kernels.fit_logistic(x, problems)
+    np.testing.assert_array_equal(far.gap, fit.gap)
+    np.testing.assert_array_equal(far.weights, fit.weights)
+
+
+def test_one_product_of_all_blocks_is_a_loop_over_them(rng, monkeypatch):
+    x, labels = clusters(rng, 300, 60, 3)
+    x[:, 3:] *= 0.1
+    rest = kernels.leave_folds_out(kernels.one_vs_rest(labels), np.arange(300) % 2)
+    tasks = [(np.arange(a, 300), labels[a:] == 1) for a in (0, 40, 90)]
+    problems = kernels.concatenated([rest, kernels.independent(
+        [(rows, own.astype(int)) for rows, own in tasks])])  # fmt: skip
+    batch = batching.pack(problems).batches[0]
+    assert batch.problem.shape[0] > 1 and len(batch.rows) > len(batch.problem)
+    assert passes.WHOLE * batch.labels.shape[1] <= 60
+    whole = kernels.fit_logistic(x, problems)
+    monkeypatch.setattr(passes, "WHOLE", 1000)
+    jax.clear_caches()
+    loop = kernels.fit_logistic(x, problems)
+    jax.clear_caches()
+    np.testing.assert_allclose(whole.objective, loop.objective, rtol=1e-6)
+    np.testing.assert_allclose(whole.weights, loop.weights, atol=2e-3)
+
+
 def test_more_classes_at_once_reach_scikit_learn(rng):
     x, labels = clusters(rng, 150, 6, 5)
     whole = kernels.multinomial(labels)
@@ -178,6 +217,22 @@ def test_fewer_rows_than_features_and_layers(rng):
     np.testing.assert_array_equal(single.weights, fit.weights[0])
 
 
+def after_the_sample(x, problems, monkeypatch):
+    """The most iterations that a problem made on all of its rows."""
+    solve, made = lockstep.solve, []
+
+    def watched(rows, batch, *rest):
+        found = solve(rows, batch, *rest)
+        if (batch.share == 1).all():
+            made.append(np.max(found.iterations - rest[3].iterations))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lockstep, "solve", watched)
+        kernels.fit_logistic(x, problems)
+    return max(made)
+
+
 def test_large_tiles_are_sampled_first_and_solved_whole(rng, monkeypatch):
     monkeypatch.setattr(batching, "BLOCK_ROWS", 64)
     x, labels = clusters(rng, 1500, 9, 3, spread=2.0)
@@ -192,8 +247,14 @@ def test_large_tiles_are_sampled_first_and_solved_whole(rng, monkeypatch):
     assert excess.max() <= 1e-6 and apart.max() <= 1e-3
     warm = kernels.fit_logistic(x, problems, start=(fit.weights, fit.intercepts))
     assert np.asarray(warm.iterations).max() <= 2
+    cold = kernels.fit_logistic(
+        x, problems, start=(0 * fit.weights, 0 * fit.intercepts)
+    )
+    assert after_the_sample(x, problems, monkeypatch) < cold.iterations.max()
     few = kernels.fit_logistic(x, problems, max_iterations=2)
-    assert not np.asarray(few.converged).any()
+    assert not np.asarray(few.converged).any() and (few.iterations == 2).all()
+    sizes = np.array([len(rows) for rows, _, _ in columns(problems)])
+    assert (few.objective < sizes * np.log(2)).all()
     assert (np.asarray(few.gap) > np.asarray(fit.gap)).all()
 
 
@@ -257,6 +318,23 @@ def test_no_rows_by_problems_array(rng):
     assert memory.temp_size_in_bytes < 7 * n * batch.labels.shape[1] * 4
 
 
+def test_batches_are_not_larger_than_the_features(rng):
+    many = [(np.arange(5000), np.arange(5000) % 2)] * 16
+    some = [(rng.permutation(5000)[:500], np.arange(500) % 2) for _ in range(100)]
+    for problems in (
+        kernels.independent(many),
+        kernels.independent(some),
+        kernels.concatenated(
+            [kernels.independent(many[:1]), kernels.independent(some)]
+        ),
+        kernels.one_vs_rest(np.arange(5000) % 256),
+    ):
+        rows = batching.pack(problems, sampled=True).batches[0].rows
+        assert rows.size <= 1.2 * 5000
+    pairs = batching.pack(kernels.one_vs_one(np.arange(2000) % 100))
+    assert pairs.batches[0].labels.shape[1] <= batching.COLUMNS
+
+
 def test_builders(rng):
     labels = np.array([2, 0, 1, 1, 0, -1, 2])
     pairs = kernels.one_vs_one(labels)
@@ -300,6 +378,12 @@ def test_what_is_wrong_is_named(rng):
     refused(r"\[n, d\]", x=x[0])
     refused("floating", x=np.arange(6).reshape(3, 2))
     refused("`l2`", l2=0.0)
+    refused("`l2`.*one a problem", l2=[1.0, 2.0])
+    refused("`max_iterations`", max_iterations=0)
+    refused("not be empty", x=x[:, :0])
+    refused("not be empty", x=x[None][:0])
+    refused("`start` must be finite", start=(np.full((1, 3), np.nan), np.zeros(1)))
+    refused("`start`", start=(np.zeros((3, 1)), np.zeros(1)))
     refused("`tolerance`", tolerance=0.0)
     refused("`problems.count`", problems=kernels.Problems((), 0))
     refused("`start`", start=(np.zeros(4), np.zeros(1)))
@@ -319,5 +403,7 @@ def test_what_is_wrong_is_named(rng):
                 build(wrong)
     with pytest.raises(ValueError, match="below `classes` = 1"):
         kernels.one_vs_rest(labels, classes=1)
+    far = np.full((1, 3), 1e19, np.float32), np.zeros(1)
+    assert not np.asarray(kernels.fit_logistic(x, problems, start=far).converged).any()
     huge = jnp.asarray(x) * 1e30
     assert not np.asarray(kernels.fit_logistic(huge, problems).converged).all()

@@ -74,7 +74,7 @@ def paper_problems(names):
     return problems, single, tests
 
 
-def pair_problems(labels, seeds: int = 5, share: float = 1.0):
+def pair_problems(labels, seeds: int = 5, share: float = 0.8):
     """All pairs of classes, each seed with its own draw of every class's rows."""
     rng = np.random.default_rng(1)
     classes = labels.max() + 1
