@@ -97,7 +97,8 @@ def at_scale(
     own = _exponent(x, axis=1) if exponent is None else exponent
     exponents = jnp.zeros(len(x), jnp.int32) + own
     values = times_power_of_two(x, -exponents[:, None])
-    return Rows(values, finite, exponents, jnp.ones(len(x)) if short else None)
+    significand = jnp.ones(len(x), jnp.float32) if short else None
+    return Rows(values, finite, exponents, significand)
 
 
 def pair_closeness(

@@ -10,11 +10,13 @@ import textwrap
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+NEIGHBORS = ["--rows=300", "--columns=16", "--k=5", "--chunk=128", "--square=64"]
 PROGRAM = """
     import pathlib, sys
     from absl import app
     from jaxling.experiments.benchmarks import gpu, harness
     harness.RESULTS = pathlib.Path(sys.argv.pop(1))
+    gpu.flashlib_top_k = lambda x: lambda: [][0]  # whose first call raises
     app.run(gpu.main)
 """
 
@@ -22,7 +24,8 @@ PROGRAM = """
 @pytest.mark.parametrize(
     "flags, goals",
     [
-        (["--rows=300", "--columns=16", "--k=5", "--chunk=128", "--square=64"], 5),
+        (NEIGHBORS, 5),
+        ([*NEIGHBORS, "--row_dtype=float32", "--contestants=product,flashlib"], 1),
         (["--case=lens", "--lens=2,8,16,96"], 1),
         (["--case=probes", "--probes=3,20,8,2"], 1),
     ],
@@ -47,6 +50,12 @@ def test_every_case_runs_and_leaves_its_goals(tmp_path, flags, goals):
     assert ended.returncode == 0, ended.stderr[-3000:]
     (line,) = map(json.loads, results.read_text().splitlines())
     found = line["found"]
+    if flags[:1] == NEIGHBORS[:1]:
+        assert found["left out"]["flashlib"] == "IndexError: list index out of range"
+        assert "flashlib" not in line["seconds"]
+        rows = 300 * 16 * (4 if "--row_dtype=float32" in flags else 2)
+        held = rows + 300 * (5 * (4 + 4) + 1)
+        assert found["MiB of our program: rows and results"] == round(held / 2**20, 1)
     named = [name for name in found if name.startswith("G")]
     # The stable order can be left aside since jax 0.11 only.
     assert len(named) - ("top_k_any_order" in line["seconds"]) == goals

@@ -123,6 +123,37 @@ def test_the_bound_holds_where_rounding_is_worst(
         assert (bound <= sums + (0 if one else 2.0**-15) * size).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+def test_the_bound_holds_where_parts_underflow(rng, accelerator, metric, dtype):
+    x = rng.standard_normal((80, 24)).astype(np.float32)
+    # At their common scale: from 2**50 down to where second parts count as zero.
+    x[:8] *= 2.0**60
+    x[8:] *= np.ldexp(np.float32(1), rng.integers(-112, -100, (72, 1)))
+    x = jnp.asarray(x, dtype)
+    rows, _ = pairs.prepare(x, x, metric, one_scale=True)
+    factors, lengths = halves.split(rows, metric)
+    scores = np.asarray(halves.closeness(factors, factors), np.float64)
+    bound = np.asarray(halves.bound(lengths, lengths, 24, metric), np.float64)
+    values = np.asarray(rows.values, np.float64)
+    exact = values @ values.T
+    if metric == "l2":
+        exact = -np.square(values[:, None] - values).sum(-1)
+    assert (np.abs(scores - exact).max(axis=1) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_tiles_are_float32_where_float64_is_enabled(
+    rng, accelerator, float64, metric, dtype
+):
+    x = jnp.asarray(rng.standard_normal((8, 4)), dtype)
+    rows, _ = pairs.prepare(x, x, metric, one_scale=True)
+    factors, lengths = halves.split(rows, metric)
+    assert halves.closeness(factors, factors).dtype == jnp.float32
+    assert halves.bound(lengths, lengths, 4, metric).dtype == jnp.float32
+
+
 def products(text):
     """Of a program before it is compiled: operands of its matrix products."""
     found = re.findall(r"dot_general .*: \(tensor<(.*?)>, tensor<(.*?)>\)", text)

@@ -113,6 +113,18 @@ def test_it_lowers_for_hopper(n, d):
     assert "mosaic_gpu" in lowered.as_text()
 
 
+def test_rounding_is_not_dropped_where_it_is_measured():
+    """A conversion there and back might be, and the bound of wide rows with it."""
+    knobs = {"k": 7, "size": 1024, "config": mosaic_gpu.TuningConfig()}
+    searched = mosaic_gpu._searched.trace(
+        jax.ShapeDtypeStruct((1000, 128), jnp.float32),
+        jax.ShapeDtypeStruct((8, 2), jnp.int32),
+        **knobs,
+    )
+    text = searched.lower(lowering_platforms=("cuda",)).as_text()
+    assert "reduce_precision" in text
+
+
 def test_it_is_left_out_by_name_elsewhere():
     with pytest.raises(ImportError, match="Hopper"):
         mosaic_gpu.check_device()

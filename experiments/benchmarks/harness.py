@@ -44,23 +44,37 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    contestants: dict[str, Callable[[], Any]], repeats: int
+    contestants: dict[str, Callable[[], Any]],
+    repeats: int,
+    left_out: dict[str, str] | None = None,
 ) -> tuple[dict[str, Timing], dict[str, Any]]:
     """Timings of all contestants, and what each returned last.
 
     Whoever shares this process is called once before (compilation); a call must
-    return finished results.
+    return finished results. With `left_out`, one whose first call raises is entered
+    there with the reason, and the others go on.
     """
     first: dict[str, float | None] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     results: dict[str, Any] = {}
     for name, call in contestants.items():
-        first[name] = None if isinstance(call, Sibling) else _timed(call)[0]
+        try:
+            first[name] = None if isinstance(call, Sibling) else _timed(call)[0]
+        except Exception as error:
+            if left_out is None:
+                raise
+            left_out[name] = reason(error)
     for _ in range(repeats):
-        for name, call in contestants.items():
-            took, results[name] = _timed(call)
+        for name in first:
+            took, results[name] = _timed(contestants[name])
             seconds[name].append(took)
-    return {name: Timing(first[name], seconds[name]) for name in contestants}, results
+    return {name: Timing(first[name], seconds[name]) for name in first}, results
+
+
+def reason(error: Exception) -> str:
+    """Kind and first line of an error, for a record."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -264,7 +264,9 @@ def _searched(
     valid = rows.valid & (norms > 0)
     inverse = jnp.where(valid, 1 / norms, 0.0)
     rounded = values.astype(jnp.bfloat16)
-    residual = numerics.row_norms(values - rounded.astype(jnp.float32)) * inverse
+    # Compilers may drop a conversion there and back; they may not drop this.
+    back = lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+    residual = numerics.row_norms(values - back) * inverse
     values = rounded if x.dtype == jnp.bfloat16 else values
 
     def padded(part, columns=0):
