@@ -265,10 +265,10 @@ def _iterate(job: _Job, s: _State) -> _State:
     whole = _chosen(s.restart, s.at, _direction(s, job.basis, l2))
     ahead, shift = lax.optimization_barrier(whole)
     skip = s.restart & jnp.all(ahead == 0)
-    steps, bend = passes.forward(units, skip, block, moves, ahead, shift)
+    steps, curved = passes.forward(units, skip, block, moves, ahead, shift)
     last = s.last.weights
-    bend = list(_sides(bend, batch).T)
-    bend = [bend[:1], bend[1:3], bend[3:]]
+    pairs = list(_sides(curved, batch).T)
+    bend = [pairs[:1], pairs[1:3], pairs[3:]]
     bend[1][1] += l2 * _inner(ahead, ahead)
     bend[2][1] += l2 * _inner(ahead, last)
     bend[2][2] += l2 * _inner(last, last)
@@ -340,7 +340,7 @@ def _iterate(job: _Job, s: _State) -> _State:
 
 def _units(job: _Job, s: _State) -> tuple[passes.Units, passes.Block]:
     """The blocks with an unsolved problem, and all blocks."""
-    batch, (tiles, _) = job.batch, job.batch.problem.shape
+    batch, tiles = job.batch, len(job.batch.problem)
     live = jnp.append(s.active, False)[batch.problem].any(axis=1)[batch.tile]
     live = live & batch.used
     order = jnp.nonzero(live, size=len(live), fill_value=0)[0]
@@ -348,8 +348,9 @@ def _units(job: _Job, s: _State) -> tuple[passes.Units, passes.Block]:
     if batch.weights is not None:
         weights = weights * batch.weights.astype(weights.dtype)
     margins = jnp.where(s.restart, 0, s.margins)
-    return passes.Units(order, jnp.sum(live), batch.tile, tiles), passes.Block(
-        job.values, batch.problem[batch.tile], batch.labels, weights, margins
+    tile, problem = jnp.asarray(batch.tile), jnp.asarray(batch.problem)[batch.tile]
+    return passes.Units(order, jnp.sum(live), tile, tiles), passes.Block(
+        job.values, problem, jnp.asarray(batch.labels), weights, margins
     )
 
 

@@ -106,7 +106,8 @@ def fit_logistic(
     problems, used = _numbered_by_use(problems, *x.shape[-2:])
     pairs = batching.pairs_of_rows(problems.tiles)
     if mesh is None:
-        spaces = (_space(x, layer, used, pairs, dtype) for layer in range(layers))
+        on_device = jnp.asarray(x)  # as it is already
+        spaces = (_space(on_device, i, used, pairs, dtype) for i in range(layers))
         first = next(spaces)  # is computed while the problems are packed
     sampled = start is None and max_iterations > 2 * SAMPLE_ITERATIONS
     packed = batching.pack(problems, sampled=sampled)
