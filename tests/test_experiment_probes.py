@@ -92,7 +92,7 @@ def test_layers_of_the_small_model_from_the_command_line(tmp_path):
 def test_labels_that_cannot_be_probed_are_named(tmp_path):
     lines = ["text\tlabel\tlanguage"]
     for i in range(60):
-        noun, verb = f"{'abcdef'[i % 6]}nimal", f"{'klmnop'[i % 6]}ump"
+        noun, verb = f"{'abcdefghijkl'[i % 12]}at", f"{'mnopqrstuvwx'[i % 12]}ump"
         rare = ("!", " X") if i < 12 else ("", "")
         text = f"the {noun} {verb} {rare[0]}".strip()
         lines.append(f"{text}\tDET NOUN VERB{rare[1]}\t{('eng', 'deu')[i % 2]}")
