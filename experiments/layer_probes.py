@@ -16,27 +16,39 @@ penalty 1 on the residual stream after each block (layer 0 is the input embeddin
 word is on both sides of a fold, so a probe cannot score by having seen the word. The
 control task gives every word a random label; selectivity is accuracy less that of the
 control (Hewitt and Liang, 2019, https://arxiv.org/abs/1909.03368), and near zero where
-a probe could learn anything.
+a probe could learn anything. A label with fewer than 50 rows is left out, and so is one
+that only one word has: both are named, with the number of their rows.
 
 `--texts=FILE.tsv` brings labels of your own: the first line names the columns `text`,
 `label` and perhaps `language` and `item` (the same for translations). With
 `--level=sentence` a text has one label and the vector is the mean of its tokens; with
-`--level=token` every word has one. Where there are several languages, the transfer
-matrix trains on each and tests on all (balanced accuracy; translations of one text are
-never on both sides), as the vectors are and with the mean of each language taken away.
+`--level=token` every word has one. Where texts, not words, have labels and there are
+several languages, the transfer matrix trains on each and tests on all (balanced
+accuracy; translations of one text are never on both sides), as the vectors are and with
+the mean of each language taken away. Labels of words are probed in all languages
+together, without a transfer matrix.
 """
+
+import collections
+import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
 
-from jaxling import labelled_text, models, probes, writing_systems
+from jaxling import checkpoints, labelled_text, models, probes, writing_systems
+from jaxling.checkpoints import sources
 from jaxling.report import plots, tables
 
 from . import common
 
 _TEXTS = flags.DEFINE_string("texts", None, "TSV of labelled texts; built-in if none.")
 _LEVEL = flags.DEFINE_enum(
-    "level", "token", ["token", "sentence"], "What has a label: words, or whole texts."
+    "level",
+    "token",
+    ["token", "sentence"],
+    "What has a label: words, or whole texts. Of --texts, only whole ones have a"
+    " transfer matrix between languages. A label needs 50 rows.",
 )
 _VERSES = 60  # of each language
 _LEAST = 50  # rows of a label, below which it is not probed
@@ -46,25 +58,28 @@ def main(argv: list[str]) -> None:
     """Runs the model, fits all layers at once, writes tables and pictures."""
     del argv
     name, level = common.MODEL.value, _LEVEL.value
+    common.refuse(["languages"], "all that the texts are in are probed.")
+    if sources.is_local(name):
+        common.refuse(["revision"], f"{name} is no model of the hub.")
     if _TEXTS.value:
+        common.refuse(["per_language"], "all texts of --texts are read.")
         texts = labelled_text.read_texts(_TEXTS.value, level=level)
     else:
         texts = labelled_text.demo_texts(common.PER_LANGUAGE.value or _VERSES)
+    for kind, labels in _labels(texts, level, _rows(texts, level)).items():
+        _check(kind, labels)  # before anything is computed
     tokenizer = labelled_text.load_tokenizer(name, common.REVISION.value)
     model = models.load(name, revision=common.REVISION.value, dtype="float32")
-    run = common.begin("layer_probes", {"texts": len(texts.texts)})
+    checkpoint = checkpoints.open_checkpoint(name, common.REVISION.value)
+    weights = [(own, checkpoint.digest(own)) for own in sorted(checkpoint.tensor_names)]
+    inputs = {
+        "texts": {"count": len(texts.texts), "sha256": _digest(texts)},
+        "weights": _digest(weights),
+    }
+    run = common.begin("layer_probes", inputs)
 
     found = labelled_text.states(model, tokenizer, texts.texts, level=level)
-    if _TEXTS.value:
-        labels = [texts.labels[i] for i in found.text]
-        if level == "token":
-            labels = [own[place] for own, place in zip(labels, found.place)]
-        kinds = {"label": labels}
-    else:
-        kinds = {
-            "language": [texts.languages[i] for i in found.text],
-            "script": writing_systems.writing_systems(found.words),
-        }
+    kinds = _labels(texts, level, list(zip(found.text, found.place)))
     types = found.words if level == "token" else [texts.items[i] for i in found.text]
     summary = {
         kind: _probe(run.workdir, kind, found.vectors, labels, types)
@@ -78,6 +93,46 @@ def main(argv: list[str]) -> None:
         summary["transfer"] = _transfer(run.workdir, found, texts)
     common.finish(run, summary)
     print(f"\nPictures, tables and summary.json are in {run.workdir}.")
+
+
+def _digest(content) -> str:
+    return hashlib.sha256(repr(content).encode(errors="surrogatepass")).hexdigest()
+
+
+def _rows(texts: labelled_text.Texts, level: str) -> list[tuple[int, int]]:
+    """Number of the text and of the word in it, for each row if no text were cut."""
+    return [
+        (i, place)
+        for i, text in enumerate(texts.texts)
+        for place in range(len(text.split()) if level == "token" else 1)
+    ]
+
+
+def _labels(
+    texts: labelled_text.Texts, level: str, rows: Sequence[tuple[int, int]]
+) -> dict[str, list[str]]:
+    """The labels of rows, by what they tell."""
+    if _TEXTS.value:
+        labels = texts.labels
+        if level == "token":
+            return {"label": [labels[i][place] for i, place in rows]}
+        return {"label": [labels[i] for i, _ in rows]}
+    pieces = [text.split() if level == "token" else [text] for text in texts.texts]
+    return {
+        "language": [texts.languages[i] for i, _ in rows],
+        "script": writing_systems.writing_systems([pieces[i][j] for i, j in rows]),
+    }
+
+
+def _check(kind: str, labels: Sequence[str]) -> None:
+    """Raises ValueError where fewer than two labels have enough rows."""
+    counts = collections.Counter(labels).most_common()
+    if len(counts) < 2 or counts[1][1] < _LEAST:
+        told = [f"{label} ({count})" for label, count in counts]
+        raise ValueError(
+            f"Probes for the {kind} need two labels with at least {_LEAST} rows; the"
+            f" labels are {', '.join(told[:20])}{', ...' * (len(told) > 20)}."
+        )
 
 
 def _probe(workdir, kind: str, vectors, labels, types) -> dict:
@@ -114,6 +169,9 @@ def _probe(workdir, kind: str, vectors, labels, types) -> dict:
             ],
         )
     )
+    if result.left_out:
+        told = [f"{label} ({why})" for label, why in result.left_out.items()]
+        print(f"Left out, under {_LEAST} rows or in one fold: {', '.join(told)}")
     for what, values, limits in (
         ("accuracy", accuracy, (0.5, 1.0)),
         ("selectivity", selectivity, None),
@@ -156,6 +214,7 @@ def _probe(workdir, kind: str, vectors, labels, types) -> dict:
         "control_by_layer": result.control.mean.mean(axis=1).tolist(),
         "selectivity_by_layer": selectivity.mean(axis=1).tolist(),
         "unsolved": result.unsolved,
+        "left_out": result.left_out,
     }
 
 

@@ -43,18 +43,26 @@ def read_texts(path: str | pathlib.Path, *, level: str) -> Texts:
     `language` and `item` (the same for translations of one text; the line's number
     when absent) are read too, other columns ignored. At level "token" the label column
     holds a label for every word of the text, separated by spaces as the words are.
+    Lines without a text are left out, and so are blank lines at the end.
 
     Raises:
-      ValueError: a column is missing, or a line has too few fields or labels.
+      ValueError: a column is missing or there twice, or a line has too few fields or
+        labels.
       OSError: the file cannot be read.
     """
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
             rows = list(lines)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a TSV in UTF-8: {error}.") from error
+    while rows and not rows[-1]:
+        rows.pop()
     header = rows[0] if rows else []
+    if len(set(header)) < len(header):
+        raise ValueError(
+            f"The first line of {path} must name every column once; got {header}."
+        )
     missing = {"text", "label"} - set(header)
     if missing:
         raise ValueError(
@@ -76,6 +84,11 @@ def read_texts(path: str | pathlib.Path, *, level: str) -> Texts:
                 f" {len(row['text'].split())} words; got {len(label)}."
             )
         if row["text"].strip():
+            if not row["label"].strip():
+                raise ValueError(
+                    f"Line {number} of {path} must have a label for its text; got"
+                    f" {row['label']!r}."
+                )
             read.texts.append(row["text"])
             read.labels.append(label)
             read.languages.append(row.get("language", ""))

@@ -4,6 +4,7 @@ A task is rows and a class for each of them. Many tasks, folds and layers are on
 of `kernels.fit_logistic`; every score comes with its spread over the folds.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -260,7 +261,8 @@ class LayerProbes(NamedTuple):
     """Probes `[layer, label]` of one label against the others, and their controls.
 
     `accuracy` and `control` are intervals over folds, `selectivity` the difference of
-    their means; `rows` counts the rows of each label's balanced task.
+    their means; `rows` counts the rows of each label's balanced task. `left_out` says
+    of the labels without a probe why they have none.
     """
 
     names: list[str]
@@ -269,6 +271,7 @@ class LayerProbes(NamedTuple):
     control: Interval
     selectivity: np.ndarray
     unsolved: int
+    left_out: dict[str, str]
 
 
 def probe_layers(
@@ -277,25 +280,50 @@ def probe_layers(
     """One-against-rest probes of every label on every layer of `x` `[layer, n, d]`.
 
     All layers, labels, folds and the control task are one fit. No type is on both
-    sides of a fold.
+    sides of a fold. Labels are named by their `str`. One with fewer than `least` rows
+    is left out, and so is one whose rows, or the others', or those of a class of its
+    control, are in one fold alone, as those of a single type are: without that fold
+    nothing would be left to learn from.
 
     Raises:
-      ValueError: fewer than two labels have `least` rows, or a fold lacks a class.
+      ValueError: `x` is not `[layer, n, d]`, `labels` or `types` are not `[n]`, or
+        fewer than two labels are left.
     """
+    if np.ndim(x) != 3:
+        raise ValueError(f"`x` must be [layer, n, d]; got shape {np.shape(x)}.")
+    for argument, given in (("labels", labels), ("types", types)):
+        if len(given) != np.shape(x)[1]:
+            raise ValueError(
+                f"`{argument}` must have one entry for each of the {np.shape(x)[1]}"
+                f" rows of `x`; got {len(given)}."
+            )
+    labels = [str(label) for label in labels]
     fold = folds_by_type(types, folds, seed=seed)
-    tasks = one_vs_rest_tasks(labels, least=least, seed=seed)
-    if len(tasks) < 2:
-        raise ValueError(
-            f"Fewer than two labels have {least} rows; the labels are"
-            f" {sorted(set(labels))[:20]}."
-        )
     kinds, code = np.unique(np.asarray(labels, dtype=object), return_inverse=True)
     control = kinds[control_labels(types, code, seed=seed)]
-    both = list(tasks.values())
-    for name in tasks:
+    drawn = one_vs_rest_tasks(labels, least=least, seed=seed)
+    tasks, controls, left_out = {}, [], {}
+    for name, count in sorted(collections.Counter(labels).items()):
+        if name not in drawn:
+            left_out[name] = f"{count} rows"
+            continue
         random = (control == name).astype(np.int64)
         rows = undersample(random, seed=seed)
-        both.append(Task(rows, random[rows]))
+        other = Task(rows, random[rows])
+        for what, own in (("task", drawn[name]), ("control task", other)):
+            if not _in_two_folds(own, fold):
+                left_out[name] = f"{count} rows, a class of its {what} in one fold"
+                break
+        else:
+            tasks[name] = drawn[name]
+            controls.append(other)
+    if len(tasks) < 2:
+        told = [f"{name} ({why})" for name, why in left_out.items()]
+        raise ValueError(
+            f"Fewer than two labels have {least} rows that are not all in one fold;"
+            f" left out are {', '.join(told[:20])}{', ...' * (len(told) > 20)}."
+        )
+    both = [*tasks.values(), *controls]
     found = cross_validate(x, both, folds=[fold[task.rows] for task in both])
     accuracy = found.scores.accuracy
     task = over_folds(accuracy[:, : len(tasks)])
@@ -307,7 +335,13 @@ def probe_layers(
         other,
         selectivity(task.mean, other.mean),
         int((~np.asarray(found.fit.converged)).sum()),
+        left_out,
     )
+
+
+def _in_two_folds(task: Task, fold: np.ndarray) -> bool:
+    """Whether each class has rows whichever fold is left out."""
+    return all(len(set(fold[task.rows[task.labels == c]])) > 1 for c in (0, 1))
 
 
 class Transfer(NamedTuple):

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pyarrow.parquet
+import pytest
 from safetensors.numpy import save_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -77,8 +78,52 @@ def test_layers_of_the_small_model_from_the_command_line(tmp_path):
     assert summary["transfer"]["within_by_layer"][0] > 0.9
     for name in ("label_accuracy", "label_selectivity", "label_layers", "transfer"):
         assert (tmp_path / "run" / f"{name}.png").stat().st_size > 0
+    path.write_text(path.read_text("utf-8").replace("light 0\tl0", "light 0\tl1"))
+    done = run("layer_probes", *flags, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 1 and "a run with other inputs" in done.stderr
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
 
     path.write_text("words\tlabel\na\tb\n", "utf-8")
     done = run("layer_probes", *flags, f"--workdir={tmp_path / 'other'}")
     assert done.returncode == 1 and "missing ['text']" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_labels_that_cannot_be_probed_are_named(tmp_path):
+    lines = ["text\tlabel\tlanguage"]
+    for i in range(60):
+        noun, verb = f"{'abcdefghijkl'[i % 12]}at", f"{'mnopqrstuvwx'[i % 12]}ump"
+        rare = ("!", " X") if i < 12 else ("", "")
+        text = f"the {noun} {verb} {rare[0]}".strip()
+        lines.append(f"{text}\tDET NOUN VERB{rare[1]}\t{('eng', 'deu')[i % 2]}")
+    path = tmp_path / "texts.tsv"
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    flags = ["--model=demo-small", f"--texts={path}", f"--workdir={tmp_path / 'run'}"]
+    done = run("layer_probes", *flags)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    left = summary["label"]["left_out"]
+    assert left == {"DET": "60 rows, a class of its task in one fold", "X": "12 rows"}
+    assert summary["label"]["labels"] == ["NOUN", "VERB"]
+    assert f"DET ({left['DET']}), X (12 rows)" in done.stdout
+    assert "transfer" not in summary  # labels of words have none
+
+    lines = [line for line in lines if line.endswith(("language", "eng"))]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    done = run("layer_probes", *flags[:2], f"--workdir={tmp_path / 'few'}")
+    assert done.returncode == 1 and "DET (30), NOUN (30), VERB (30)" in done.stderr
+    assert "50 rows" in done.stderr and not (tmp_path / "few").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, refused",
+    [
+        (["--model=demo-small", "--revision=main"], "--revision"),
+        (["--languages=eng"], "--languages"),
+        (["--texts=texts.tsv", "--per_language=9"], "--per_language"),
+    ],
+)
+def test_flags_without_effect_on_the_layers_are_refused(tmp_path, flags, refused):
+    done = run("layer_probes", *flags, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 1 and f"{refused} has no meaning here" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -37,11 +37,20 @@ def test_a_file_of_labelled_texts(tmp_path):
         (["text\tlabel", "a"], "Line 2 of .* 2 fields"),
         (["text\tlabel"], "no texts"),
         ([""], "missing"),
+        (["text\tlabel\tlabel", "a\tb\tc"], "every column once; got \\['text', 'l"),
+        (["text\tlabel", "a\tb", "c\t "], "Line 3 of .* a label for its text; got ' '"),
+        (["text\tlabel", "", "a\tb"], "Line 2 of .* 2 fields"),
     ],
 )
 def test_a_wrong_file_is_described(tmp_path, lines, match):
     with pytest.raises(ValueError, match=match):
         labelled_text.read_texts(write(tmp_path / "a.tsv", *lines), level="sentence")
+
+
+def test_a_byte_order_mark_and_blank_lines_at_the_end_are_no_content(tmp_path):
+    path = write(tmp_path / "a.tsv", "\ufefftext\tlabel", "a\tb", "", "")
+    read = labelled_text.read_texts(path, level="sentence")
+    assert read.texts == ["a"] and read.labels == ["b"]
 
 
 def test_bytes_that_are_no_text_are_described(tmp_path):

@@ -80,6 +80,45 @@ def test_only_the_layer_with_the_signal_is_above_its_control(rng):
     assert above[1] > 0.3 and abs(above[0]) < 0.2 and abs(above[2]) < 0.2
 
 
+def test_layers_whose_labels_are_numbers_or_of_one_word(rng):
+    n = 240
+    types = rng.integers(40, size=n)
+    labels = np.where(types == 7, 3, types % 2)
+    labels[:10] = 2
+    x = rng.normal(size=(2, n, 4)).astype(np.float32)
+    x[1, :, 0] += 6 * (labels == 1)
+    # Four rows would be enough of label 3, but all of them are in one fold.
+    found = probes.probe_layers(x, labels, types, least=4)
+    same = probes.probe_layers(x, [str(label) for label in labels], types, least=4)
+    for ours, theirs in zip(
+        found.accuracy + found.control, same.accuracy + same.control
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert {"0", "1"} <= set(found.names) and "3" not in found.names
+    count = np.count_nonzero(labels == 3)
+    assert found.left_out["3"] == f"{count} rows, a class of its task in one fold"
+    i = found.names.index("1")
+    assert found.accuracy.mean[1, i] > 0.9 and found.control.mean[1, i] < 0.75
+    fewer = probes.probe_layers(x, labels, types, least=11)
+    assert fewer.names == ["0", "1"] and fewer.left_out["2"] == "10 rows"
+    with pytest.raises(ValueError, match=r"have 200 rows .* 2 \(10 rows\)"):
+        probes.probe_layers(x, labels, types, least=200)
+
+
+@pytest.mark.parametrize(
+    "x, labels, types, match",
+    [
+        ((8, 3), 8, 8, r"`x` must be \[layer, n, d\]; got shape \(8, 3\)"),
+        ((2, 8, 3), 7, 8, "`labels` must have one entry for each of the 8 .* got 7"),
+        ((2, 8, 3), 8, 9, "`types` must have one entry for each of the 8 .* got 9"),
+    ],
+)
+def test_layers_of_another_shape_are_refused(x, labels, types, match):
+    given = [["a", "b"][i % 2] for i in range(labels)], np.arange(types) // 2
+    with pytest.raises(ValueError, match=match):
+        probes.probe_layers(np.zeros(x), *given, least=2, folds=2)
+
+
 def test_entangled_pairs_and_transfer_find_what_was_planted(rng):
     n = 600
     kinds = np.array(["a", "b", "c"])[np.arange(n) % 3]
