@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from . import batching
+from .logistic import _check_finite
 from .problems import Problems, check_labels
 
 
@@ -38,15 +39,32 @@ def decision(
 
     `x` `[n, d]`, `weights` `[p, d]` or `[p, classes, d]`, `intercepts` accordingly:
     `[p, n]` or `[p, classes, n]`, in float32. Above 0 is class 1.
+
+    Raises:
+      ValueError: shapes do not fit.
     """
     x, weights = jnp.asarray(x), jnp.asarray(weights)
+    intercepts = jnp.asarray(intercepts)
+    if x.ndim != 2:
+        raise ValueError(f"`x` must be [n, d]; got shape {x.shape}.")
+    d = x.shape[1]
+    if weights.ndim not in (2, 3) or weights.shape[-1] != d:
+        raise ValueError(
+            f"`weights` must be [p, d] or [p, classes, d] with d = {d};"
+            f" got shape {weights.shape}."
+        )
+    if intercepts.shape != weights.shape[:-1]:
+        raise ValueError(
+            f"`intercepts` must be {list(weights.shape[:-1])}, one for each vector of"
+            f" `weights`; got shape {intercepts.shape}."
+        )
     margins = jnp.matmul(
         weights,
         x.T,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
-    return margins + jnp.asarray(intercepts)[..., None]
+    return margins + intercepts[..., None]
 
 
 def predict(x: ArrayLike, weights: ArrayLike, intercepts: ArrayLike) -> Array:
@@ -88,19 +106,36 @@ def f1(predicted: ArrayLike, labels: ArrayLike, *, classes: int = 2) -> Array:
 def auc(scores: ArrayLike, labels: ArrayLike) -> Array:
     """Probability that a row of class 1 scores above one of class 0; ties count half.
 
-    `scores` and `labels` `[..., n]`; the Mann-Whitney statistic by mid-ranks.
+    `scores` and `labels` `[..., n]`; the Mann-Whitney statistic by mid-ranks. Scores
+    may be infinite; where one that counts is NaN, so is the result.
+
+    Raises:
+      ValueError: a label is none of 1, 0 and -1. Traced labels cannot be checked.
     """
-    scores, labels = jnp.asarray(scores), jnp.asarray(labels)
-    scores = jnp.where(labels >= 0, scores, jnp.inf)  # last, and never counted
-    order = jnp.argsort(scores, axis=-1)
-    scores = jnp.take_along_axis(scores, order, axis=-1)
-    labels = jnp.take_along_axis(labels, order, axis=-1)
+    scores, labels = jnp.broadcast_arrays(jnp.asarray(scores), jnp.asarray(labels))
+    if not isinstance(labels, jax.core.Tracer):
+        values = np.asarray(labels)
+        wrong = values[(values != 1) & (values != 0) & (values != -1)]
+        if len(wrong):
+            raise ValueError(
+                "`labels` must be 1 or 0, or -1 for a row that does not count;"
+                f" got {wrong[0]}."
+            )
+    unknown = jnp.any(jnp.isnan(scores) & (labels >= 0), axis=-1)
     n, last = scores.shape[-1], scores.ndim - 1
+    # By score, those that do not count behind all others.
+    left_out, scores, labels = lax.sort(
+        (labels < 0, scores, labels), dimension=last, num_keys=2
+    )
     place = jnp.broadcast_to(jnp.arange(n, dtype=jnp.float32), scores.shape)
-    new = jnp.diff(scores, axis=-1, prepend=jnp.nan) != 0
-    new = new | (jnp.diff((labels >= 0).astype(jnp.int8), axis=-1, prepend=0) != 0)
-    first = lax.cummax(jnp.where(new, place, 0), axis=last)
-    ends = jnp.concatenate([new[..., 1:], jnp.ones_like(new[..., :1])], axis=-1)
+    new = (scores[..., 1:] != scores[..., :-1]) | (
+        left_out[..., 1:] != left_out[..., :-1]
+    )
+    edge = jnp.ones_like(left_out[..., :1])
+    first = lax.cummax(
+        jnp.where(jnp.concatenate([edge, new], axis=-1), place, 0), axis=last
+    )
+    ends = jnp.concatenate([new, edge], axis=-1)
     final = lax.cummin(jnp.where(ends, place, n), axis=last, reverse=True)
     positive = labels == 1
     p, q = jnp.sum(positive, axis=-1), jnp.sum(labels == 0, axis=-1)
@@ -108,7 +143,8 @@ def auc(scores: ArrayLike, labels: ArrayLike) -> Array:
     middle = (p + q - 1) / 2
     ranks = (first + final) / 2 - middle[..., None]
     above = jnp.sum(jnp.where(positive, ranks, 0), axis=-1)
-    return 0.5 + above / (p.astype(jnp.float32) * q)
+    area = 0.5 + above / (p.astype(jnp.float32) * q)
+    return jnp.where(unknown, jnp.nan, area)
 
 
 def _confusion(predicted, labels, classes: int):
@@ -131,13 +167,19 @@ def evaluate(
     The shapes are those of `fit_logistic`, with or without a `layer` axis on `x`,
     `weights` and `intercepts`. To test what was trained elsewhere, pass problems that
     hold the rows to test on (`only_folds`) and the weights in their order. Holds the
-    margins of the rows that are tested and no other rows x problems array.
+    margins of the rows that are tested and no other rows x problems array. Not under
+    `jit` or `vmap`: which margins belong to which problem is decided on the host.
 
     Raises:
-      ValueError: shapes do not fit, or `problems` breaks a rule.
+      ValueError: shapes do not fit, `x` is not finite, or `problems` breaks a rule.
     """
     x = jnp.asarray(x)
     weights, intercepts = jnp.asarray(weights), jnp.asarray(intercepts)
+    if x.ndim not in (2, 3) or (x.ndim == 3 and len(x) == 0):
+        raise ValueError(
+            "`x` must be [n, d] or [layer, n, d], of one layer or more;"
+            f" got shape {x.shape}."
+        )
     check_labels(problems, x.shape[-2])
     outputs = 1 if problems.classes == 2 else problems.classes
     layers = x.shape[:-2]
@@ -147,6 +189,7 @@ def evaluate(
             f"`weights` must be {[*wanted, x.shape[-1]]} and `intercepts`"
             f" {list(wanted)}; got {list(weights.shape)} and {list(intercepts.shape)}."
         )
+    _check_finite(x)
     packed = batching.pack(problems)
     weights = weights.reshape(-1, problems.count, outputs, x.shape[-1])
     intercepts = intercepts.reshape(-1, problems.count, outputs)

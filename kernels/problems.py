@@ -37,10 +37,17 @@ class Problems(NamedTuple):
 
 
 def independent(tasks: Sequence[tuple], *, classes: int = 2) -> Problems:
-    """One problem per `(rows, labels)`; each has rows of its own."""
+    """One problem per `(rows, labels)`; each has rows of its own.
+
+    Labels are integers in 0..classes-1, or -1 for a row that is left out.
+
+    Raises:
+      ValueError: a task's labels are no such integers.
+    """
     tiles = []
     for p, (rows, labels) in enumerate(tasks):
-        labels = np.asarray(labels).astype(label_dtype(classes))
+        labels, _ = _checked(labels, classes, f"`labels` of task {p}")
+        labels = labels.astype(label_dtype(classes))
         tiles.append(Tile(np.asarray(rows), np.array([p]), labels[None]))
     return Problems(tuple(tiles), len(tiles), classes)
 
@@ -49,9 +56,9 @@ def multinomial(labels, *, classes: int | None = None) -> Problems:
     """One problem: `labels` `[n]` in 0..classes-1, all at once; -1 is left out.
 
     Raises:
-      ValueError: `labels` are no such integers.
+      ValueError: `labels` are no such integers, or of fewer than two classes.
     """
-    labels, classes = _checked(labels, classes)
+    labels, classes = _checked(labels, classes, least=2)
     return independent([_labelled(labels)], classes=classes)
 
 
@@ -62,9 +69,9 @@ def one_vs_rest(labels, *, classes: int | None = None) -> Problems:
     class c.
 
     Raises:
-      ValueError: `labels` are no such integers.
+      ValueError: `labels` are no such integers, or of no class.
     """
-    labels, classes = _checked(labels, classes)
+    labels, classes = _checked(labels, classes, least=1)
     rows, labels = _labelled(labels)
     columns = labels == np.arange(classes)[:, None]
     return Problems((Tile(rows, np.arange(classes), columns.astype(np.int8)),), classes)
@@ -79,12 +86,17 @@ def one_vs_one(labels, *, keep=None) -> Problems:
     are left out.
 
     Raises:
-      ValueError: `labels` are no such integers.
+      ValueError: `labels` are no such integers, or of fewer than two classes; `keep`
+        has another shape.
     """
-    labels, classes = _checked(labels, None)
+    labels, classes = _checked(labels, None, least=2)
     if keep is None:
         keep = np.ones((1, len(labels)), bool)
     keep = np.asarray(keep, bool)
+    if keep.ndim != 2 or keep.shape[1] != len(labels):
+        raise ValueError(
+            f"`keep` must be [s, n] with n = {len(labels)}; got shape {keep.shape}."
+        )
     first, second = np.triu_indices(classes, 1)
     tiles = []
     for c in range(classes):
@@ -104,6 +116,9 @@ def leave_folds_out(problems: Problems, folds, count: int | None = None) -> Prob
     `folds` is `[n]`, the fold of each row of the features, or one `[r]` array per tile
     (problems whose rows are drawn and folded on their own). Fold -1 is in every
     training set. Problem p without fold f is number `p * count + f`.
+
+    Raises:
+      ValueError: `folds` are no integers, or not one for each row.
     """
     return _folded(problems, folds, count, held_out=False)
 
@@ -147,19 +162,57 @@ def concatenated(parts: Sequence[Problems]) -> Problems:
 
 
 def weighted(problems: Problems, sample_weight) -> Problems:
-    """The same problems with weight `sample_weight[i]` (`[n]`) on row i."""
-    sample_weight = np.asarray(sample_weight, np.float64)
+    """The same problems with weight `sample_weight[i]` (`[n]`) on row i.
+
+    Raises:
+      ValueError: `sample_weight` is not one number for each row.
+    """
+    weights = _at_rows(
+        "sample_weight", np.asarray(sample_weight, np.float64), problems.tiles
+    )
     return problems._replace(
         tiles=tuple(
-            tile._replace(weights=sample_weight[tile.rows]) for tile in problems.tiles
+            tile._replace(weights=own) for tile, own in zip(problems.tiles, weights)
         )
     )
 
 
+def _at_rows(name: str, values: np.ndarray, tiles: Sequence[Tile]) -> list[np.ndarray]:
+    """Of `values` `[n]` those of each tile's rows."""
+    least = 1 + max((int(t.rows.max()) for t in tiles if len(t.rows)), default=-1)
+    if values.ndim != 1 or len(values) < least:
+        raise ValueError(
+            f"`{name}` must be [n], a value for each of the {least} rows or more that"
+            f" `problems` are about; got shape {values.shape}."
+        )
+    return [values[tile.rows] for tile in tiles]
+
+
+def _at_tiles(folds, tiles: Sequence[Tile]) -> list[np.ndarray]:
+    """The fold of each row of each tile; `folds` is `[n]`, or an `[r]` for each."""
+    if isinstance(folds, list | tuple) and any(np.ndim(fold) for fold in folds):
+        parts = [np.asarray(fold) for fold in folds]
+    elif np.ndim(folds) == 2:
+        parts = list(np.asarray(folds))
+    else:
+        parts = _at_rows("folds", np.asarray(folds), tiles)
+    if len(parts) != len(tiles):
+        raise ValueError(
+            f"`folds` must be [n], or an [r] for each of the {len(tiles)} tiles;"
+            f" got {len(parts)} of them."
+        )
+    for i, (part, tile) in enumerate(zip(parts, tiles)):
+        integers = np.issubdtype(part.dtype, np.integer) or part.size == 0
+        if part.shape != tile.rows.shape or not integers:
+            raise ValueError(
+                f"`folds` of tile {i} must be integers, one for each of its"
+                f" {len(tile.rows)} rows; got {part.dtype} {part.shape}."
+            )
+    return [part.astype(np.int64) for part in parts]
+
+
 def _folded(problems: Problems, folds, count, *, held_out: bool) -> Problems:
-    if isinstance(folds, np.ndarray) and folds.ndim == 1:
-        folds = [folds[tile.rows] for tile in problems.tiles]
-    folds = [np.asarray(fold) for fold in folds]
+    folds = _at_tiles(folds, problems.tiles)
     if count is None:
         count = 1 + max((int(fold.max(initial=-1)) for fold in folds), default=0)
     each = np.arange(count)
@@ -183,19 +236,26 @@ def _folded(problems: Problems, folds, count, *, held_out: bool) -> Problems:
     return Problems(tuple(tiles), problems.count * count, problems.classes)
 
 
-def _checked(labels, classes: int | None) -> tuple[np.ndarray, int]:
-    """Labels `[n]`, and how many classes they are of."""
+def _checked(
+    labels, classes: int | None, name: str = "`labels`", *, least: int = 0
+) -> tuple[np.ndarray, int]:
+    """Labels `[n]`, and how many classes they are of, `least` or more."""
     labels = np.asarray(labels)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+    integers = np.issubdtype(labels.dtype, np.integer) or labels.size == 0
+    if labels.ndim != 1 or not integers:
         raise ValueError(
-            "`labels` must be integers [n], from 0 on, or -1 for a row without a class;"
+            f"{name} must be integers [n], from 0 on, or -1 for a row without a class;"
             f" got {labels.dtype} {labels.shape}."
         )
-    low, high = int(labels.min(initial=0)), int(labels.max(initial=-1))
+    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (-1, -1)
     if low < -1 or (classes is not None and high >= classes):
         limit = "" if classes is None else f" and below `classes` = {classes}"
-        raise ValueError(f"`labels` must be >= -1{limit}; got {low}..{high}.")
-    return labels, high + 1 if classes is None else classes
+        raise ValueError(f"{name} must be >= -1{limit}; got {low}..{high}.")
+    classes = high + 1 if classes is None else classes
+    if classes < least:
+        number = ("", "one class", "two classes")[least]
+        raise ValueError(f"{name} must be of at least {number}; got {classes}.")
+    return labels.astype(np.int64), classes
 
 
 def _labelled(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

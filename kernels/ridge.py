@@ -38,19 +38,27 @@ def ridge_path(x: ArrayLike, y: ArrayLike, *, l2: ArrayLike) -> RidgePath:
     Differentiable in `y` and `l2`. With one row the left-out error is NaN.
 
     Raises:
-      ValueError: a shape does not fit, or a penalty is not positive.
+      ValueError: a shape does not fit, there are no rows, numbers are complex, or a
+        penalty is not positive and finite.
     """
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    x, y, l2 = jnp.asarray(x), jnp.asarray(y), jnp.asarray(l2)
+    for name, value in (("x", x), ("y", y), ("l2", l2)):
+        if jnp.issubdtype(value.dtype, jnp.complexfloating):
+            raise ValueError(f"`{name}` must be real; got {value.dtype}.")
     if x.ndim not in (2, 3):
         raise ValueError(f"`x` must be [n, d] or [layer, n, d]; got shape {x.shape}.")
     n = x.shape[-2]
+    if n == 0:
+        raise ValueError(f"`x` must have rows; got shape {x.shape}.")
     if y.ndim not in (1, 2) or len(y) != n:
         raise ValueError(f"`y` must be [n] or [n, t] with n = {n}; got {y.shape}.")
-    l2 = jnp.asarray(l2)
     if l2.ndim != 1:
         raise ValueError(f"`l2` must be [r]; got shape {l2.shape}.")
-    if not isinstance(l2, jax.core.Tracer) and not (np.asarray(l2) > 0).all():
-        raise ValueError(f"`l2` must be > 0; got {np.asarray(l2).min()}.")
+    if not isinstance(l2, jax.core.Tracer):
+        values = np.asarray(l2)
+        wrong = values[~(np.isfinite(values) & (values > 0))]
+        if len(wrong):
+            raise ValueError(f"`l2` must be finite and > 0; got {wrong[0]}.")
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     path = _path if x.ndim == 2 else _layers
     found = path(x.astype(dtype), y.reshape(n, -1).astype(dtype), l2.astype(dtype))

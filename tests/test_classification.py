@@ -1,5 +1,6 @@
 """Scores of many classifiers against scikit-learn, one by one."""
 
+import jax
 import numpy as np
 import pytest
 from sklearn import metrics
@@ -99,3 +100,53 @@ def test_more_classes_are_scored_by_their_largest_margin(rng):
     assert float(found.accuracy[0]) == pytest.approx(np.mean(guess == labels))
     np.testing.assert_array_equal(kernels.predict(x, weights, intercepts)[0], guess)
     assert np.isnan(found.auc[0])
+
+
+def test_infinite_scores_are_tied_and_unknown_ones_are_nan():
+    inf = np.inf
+    scores = np.array([inf, inf, 0.3, -inf, inf, -inf], np.float32)
+    labels = np.array([0, 1, 0, 0, 1, 1])
+    assert float(kernels.auc(scores, labels)) == pytest.approx(5.5 / 9, abs=1e-6)
+    # Rows that do not count stay behind those at infinity, whatever their score.
+    padded = np.append(scores, [inf, -inf, np.nan]), np.append(labels, [-1] * 3)
+    assert float(kernels.auc(*padded)) == pytest.approx(5.5 / 9, abs=1e-6)
+    traced = jax.jit(kernels.auc)(*padded)
+    assert float(traced) == pytest.approx(5.5 / 9, abs=1e-6)
+    rows = np.stack([scores, np.where(labels == 0, np.nan, scores)])
+    found = np.asarray(kernels.auc(rows, np.stack([labels, labels])))
+    np.testing.assert_array_equal(np.isnan(found), [False, True])
+
+
+@pytest.mark.parametrize("wrong", [-2, 2, 0.5])
+def test_labels_of_the_area_are_two_classes(wrong):
+    labels = np.array([0, 1, wrong])
+    with pytest.raises(ValueError, match=f"`labels` must be 1 or 0.* got {wrong}"):
+        kernels.auc(np.arange(3.0), labels)
+    assert float(kernels.auc(np.arange(3), np.array([0, 1, 1], np.uint8))) == 1
+    assert float(kernels.auc(np.arange(3), np.array([False, True, True]))) == 1
+
+
+def test_what_is_wrong_is_named(rng):
+    x, weights = np.ones((5, 3), np.float32), np.ones((2, 3), np.float32)
+    intercepts = np.ones(2, np.float32)
+    for match, arguments in (
+        (r"`x` must be \[n, d\]", (x[0], weights, intercepts)),
+        (r"`x` must be \[n, d\]", (x[None], weights, intercepts)),
+        ("d = 3", (x, weights[:, :2], intercepts)),
+        ("`weights`", (x, weights[0], intercepts)),
+        ("`intercepts`", (x, weights, intercepts[:1])),
+        ("`intercepts`", (x, weights, 1.0)),
+    ):
+        for function in (kernels.decision, kernels.predict):
+            with pytest.raises(ValueError, match=match):
+                function(*arguments)
+    problems = kernels.one_vs_rest(np.array([0, 1, 0, 1, 1]))
+    unknown = np.stack([x, x])
+    unknown[1, 3, 2] = np.nan
+    for match, arguments in (
+        (r"\[layer, n, d\]", (x[0], weights, intercepts)),
+        ("one layer", (x[None][:0], weights[None][:0], intercepts[None][:0])),
+        ("row 3 of layer 1", (unknown, np.stack([weights] * 2), np.ones((2, 2)))),
+    ):
+        with pytest.raises(ValueError, match=match):
+            kernels.evaluate(*arguments, problems)

@@ -55,7 +55,14 @@ def test_what_is_wrong_is_named(rng):
         (r"\[n, d\]", (x[0], np.zeros(4), L2)),
         ("n = 4", (x, np.zeros(3), L2)),
         ("`l2`", (x, np.zeros(4), 1.0)),
-        ("> 0", (x, np.zeros(4), np.array([1.0, 0.0]))),
+        ("> 0; got 0", (x, np.zeros(4), np.array([1.0, 0.0]))),
+        ("> 0; got inf", (x, np.zeros(4), np.array([1.0, np.inf]))),
+        ("> 0; got nan", (x, np.zeros(4), np.array([np.nan]))),
+        ("must have rows", (x[:0], np.zeros(0), L2)),
+        ("must have rows", (x[None, :0], np.zeros(0), L2)),
+        ("`x` must be real", (x * 1j, np.zeros(4), L2)),
+        ("`y` must be real", (x, np.zeros(4) * 1j, L2)),
+        ("`l2` must be real", (x, np.zeros(4), L2 * 1j)),
     ):
         with pytest.raises(ValueError, match=match):
             kernels.ridge_path(*arguments[:2], l2=arguments[2])
