@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from . import batching
-from .logistic import _check_finite
+from .logistic import check_finite
 from .problems import Problems, check_labels
 
 
@@ -189,7 +189,7 @@ def evaluate(
             f"`weights` must be {[*wanted, x.shape[-1]]} and `intercepts`"
             f" {list(wanted)}; got {list(weights.shape)} and {list(intercepts.shape)}."
         )
-    _check_finite(x)
+    check_finite(x)
     packed = batching.pack(problems)
     weights = weights.reshape(-1, problems.count, outputs, x.shape[-1])
     intercepts = intercepts.reshape(-1, problems.count, outputs)

@@ -111,7 +111,7 @@ def fit_logistic(
         first = next(spaces)  # is computed while the problems are packed
     sampled = start is None and max_iterations > 2 * SAMPLE_ITERATIONS
     packed = batching.pack(problems, sampled=sampled)
-    _check_finite(x)
+    check_finite(x)
     stages = [_Stage(packed.batches, packed.ids, tolerance, max_iterations)]
     if packed.samples:
         sample = packed.samples, packed.sample_ids, SAMPLE_GAP, SAMPLE_ITERATIONS
@@ -402,7 +402,7 @@ def _numbered_by_use(
     return problems._replace(tiles=tuple(tiles)), used
 
 
-def _check_finite(x: Array | np.ndarray) -> None:
+def check_finite(x: Array | np.ndarray) -> None:
     """Raises ValueError naming the first row that holds NaN or Inf, if any does."""
     if isinstance(x, jax.core.Tracer) or np.isfinite(x.sum(dtype=np.float32)):
         return

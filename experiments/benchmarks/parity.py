@@ -28,7 +28,7 @@ CLAIMS = {"greedy": "greedy generation", "saved": "saved and loaded by transform
 NUMBERS = ("hidden", "logits", "gradient")
 NOTE = """\
 The logits of umT5 as published (its config says that it is not tied) are those of T5X and of
-transformers 4; the installed transformers forces its flag and scales them by 1/sqrt(d_model). The row
+transformers 4 and of transformers from 5.24 on; 5.0 to 5.23 force its flag and scale them by 1/sqrt(d_model). The row
 `umt5` is compared with that flag off, and a test of its own asserts the factor.
 """  # noqa: E501
 

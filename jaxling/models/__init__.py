@@ -108,9 +108,9 @@ def load(
     Tied embeddings are stored once, whatever the file holds. Where a config ties them
     and the file holds an unembedding of other values, that one is kept, as in
     transformers 5. Logits of umT5 as published, whose config says that it is not tied,
-    are those of T5X and transformers 4: sqrt(d_model) times those of transformers 5,
-    which forces the flag and scales. Poolers and heads of other tasks are not read,
-    and `save` does not write them.
+    are those of T5X, transformers 4 and transformers from 5.24 on: sqrt(d_model) times
+    those of transformers 5 before, which forces the flag and scales. Poolers and heads
+    of other tasks are not read, and `save` does not write them.
 
     Raises:
       CheckpointError: an unknown family; unhandled attributes of the config; tensors
