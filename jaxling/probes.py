@@ -326,14 +326,14 @@ def probe_layers(
     both = [*tasks.values(), *controls]
     found = cross_validate(x, both, folds=[fold[task.rows] for task in both])
     accuracy = found.scores.accuracy
-    task = over_folds(accuracy[:, : len(tasks)])
-    other = over_folds(accuracy[:, len(tasks) :])
+    right = over_folds(accuracy[:, : len(tasks)])
+    by_chance = over_folds(accuracy[:, len(tasks) :])
     return LayerProbes(
         list(tasks),
         [len(own.rows) for own in tasks.values()],
-        task,
-        other,
-        selectivity(task.mean, other.mean),
+        right,
+        by_chance,
+        selectivity(right.mean, by_chance.mean),
         int((~np.asarray(found.fit.converged)).sum()),
         left_out,
     )
