@@ -7,7 +7,8 @@ low-rank covariance that all problems share.
 
 Of the rows an iteration makes two products, one for the margins of the new direction
 and one for the gradient after the step; the margins of everything else are kept. A step
-that ends beyond the minimum and climbs is taken back and tried again at a quarter.
+that ends beyond the minimum and climbs is taken back, and the next is at most a quarter
+as long.
 """
 
 import functools

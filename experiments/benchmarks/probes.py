@@ -5,7 +5,8 @@ python -m experiments.benchmarks.probes --workload=paper
 Workloads:
   paper   16 categories x 10 folds (160 problems), 30,000 x 768 synthetic rows
   real    the same protocol on the embedding of --model, its 16 largest categories
-  pairs   435 one-vs-one pairs of 30 classes x 5 seeds, 6,000 x 768 synthetic rows
+  pairs   435 one-vs-one pairs of 30 classes x 5 draws of 80% of each class, 6,000 x 768
+          synthetic rows
   layers  the paper's on 12 layers, first call (compilation included) against one pass
 
 The first call is timed too: it includes tracing and compilation. Objectives are
