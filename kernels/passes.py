@@ -79,21 +79,24 @@ def by_column(values: Array, problem: Int[Array, "*b c"]) -> Array:
     return jnp.take(values, problem, axis=0, mode="clip")
 
 
-def over_blocks(units: Units, skip: Bool[Array, ""], one: Callable, block) -> tuple:
-    """`one(block)` of every block: what it keeps `[b, ...]`, and sums by tile.
+def over_blocks(
+    units: Units, skip: Bool[Array, ""], one: Callable, block: Block, *others: Array
+) -> tuple:
+    """`one(block, *others)` of every block: what it keeps `[b, ...]`, and sums by tile.
 
     `one` returns both as trees. Blocks that are not visited keep zeros or values that
     nobody may read; with `skip` none is visited.
     """
     b = len(units.order)
-    shapes = jax.eval_shape(one, jax.tree.map(lambda a: a[0], block))
+    given = block, *others
+    shapes = jax.eval_shape(one, *jax.tree.map(lambda a: a[0], given))
     kept, sums = (
         jax.tree.map(lambda a, n=n: jnp.zeros((n, *a.shape), a.dtype), part)
         for n, part in zip((b, units.tiles), shapes)
     )
 
     def whole():
-        kept, parts = jax.vmap(one)(block)
+        kept, parts = jax.vmap(one)(*given)
         add = functools.partial(
             jax.ops.segment_sum, segment_ids=units.tile, num_segments=units.tiles
         )
@@ -102,7 +105,7 @@ def over_blocks(units: Units, skip: Bool[Array, ""], one: Callable, block) -> tu
     def visits():
         def visit(i, carry):
             n = units.order[i]
-            own, parts = one(jax.tree.map(lambda a: a[n], block))
+            own, parts = one(*jax.tree.map(lambda a: a[n], given))
             return (
                 jax.tree.map(lambda a, v: _set(a, n, v), carry[0], own),
                 jax.tree.map(
@@ -115,7 +118,7 @@ def over_blocks(units: Units, skip: Bool[Array, ""], one: Callable, block) -> tu
         return lax.fori_loop(0, jnp.where(skip, 0, units.count), visit, (kept, sums))
 
     # Where those would take more room than the rows, the loop is as fast as well.
-    if WHOLE * block[0].margins.size > block[0].values.size:
+    if WHOLE * block.margins.size > block.values.size:
         return visits()
     return lax.cond(~skip & (2 * units.count > b), whole, visits)
 
@@ -140,8 +143,7 @@ def forward(
     (0, 0), (1, 0), (1, 1), ... of the directions `shift`, `ahead` and `moves`.
     """
 
-    def one(given):
-        block, moves = given
+    def one(block: Block, moves):
         own = by_column(ahead, block.problem).reshape(-1, ahead.shape[2])
         # Rows first: XLA's CPU product repacks its second factor, here the small one.
         step = lax.optimization_barrier(exact_product(block.values, own.T))
@@ -151,7 +153,7 @@ def forward(
         parts = [jnp.broadcast_to(constant, step.shape), step, moves]
         return step, jnp.stack(sum(_bend(p, block.weights, parts), []), axis=1)
 
-    return over_blocks(units, skip, one, (block, moves))
+    return over_blocks(units, skip, one, block, moves)
 
 
 def along(
@@ -159,14 +161,13 @@ def along(
 ) -> Float[Array, "t c 2"]:
     """First and second derivative of the losses along `step`, at its end."""
 
-    def one(given):
-        block, step = given
+    def one(block: Block, step):
         _, residual, p = _losses(block._replace(margins=block.margins + step))
         first = jnp.sum(residual * step, axis=(1, 2))
         ((second,),) = _bend(p, block.weights, [step])
         return (), jnp.stack([first, second], axis=1)
 
-    return over_blocks(units, skip, one, (block, step))[1]
+    return over_blocks(units, skip, one, block, step)[1]
 
 
 class Slope(NamedTuple):
@@ -192,9 +193,7 @@ def backward(units: Units, block: Block) -> Slope:
             jnp.einsum("cr,ckr->ck", block.weights, p * (1 - p), precision="highest"),
         )
 
-    return over_blocks(units, jnp.array(False), lambda given: one(given[0]), (block,))[
-        1
-    ]
+    return over_blocks(units, jnp.array(False), one, block)[1]
 
 
 def _losses(block: Block):
