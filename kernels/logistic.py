@@ -39,7 +39,7 @@ def fit_logistic(
     *,
     l2: ArrayLike = 1.0,
     start: tuple[ArrayLike, ArrayLike] | None = None,
-    tolerance: float = 5e-7,
+    tolerance: float = 1e-6,
     max_iterations: int = 500,
     mesh: Mesh | None = None,
 ) -> LogisticFit:
