@@ -346,14 +346,13 @@ def _check(k: int, metric: str, name: str = "k") -> None:
     pairs.check_metric(metric)
 
 
-def _scored(queries, keys, indices, metric) -> Neighbors:
-    """Final scores of found neighbours: outside of the search, so that they have
-    gradients."""
-    closeness = topk.pair_scores(queries, keys, indices, metric)
+def _scored(queries, keys, found, metric) -> Neighbors:
+    """Final scores of found neighbours, which have gradients."""
+    closeness = topk.scored(queries, keys, found, metric)
     dot = metric == "dot"
     exponent = queries.exponent + (keys.exponent[:1] if dot else queries.exponent)
     scores = pairs.score(closeness, exponent, metric)
-    return _ordered(Neighbors(scores, indices), metric)
+    return _ordered(Neighbors(scores, found.indices), metric)
 
 
 def _nobody(n: int, k: int) -> Neighbors:
@@ -369,7 +368,7 @@ def _traced(queries, keys, *, k, metric):
         return _nobody(n, k), Proof(jnp.zeros(n, bool))
     sides = pairs.prepare(queries, keys, metric)
     found = topk.search(*sides, k=k, metric=metric)
-    return _scored(*sides, found.indices, metric), Proof(found.unproved)
+    return _scored(*sides, found, metric), Proof(found.unproved)
 
 
 def _traced_nearest(queries, keys, *, k, metric, named):
@@ -387,7 +386,7 @@ def _traced_own(x, *, k, metric, include_self):
     rows, _ = pairs.prepare(x, x, metric, one_scale=True)
     knobs = {"k": k, "metric": metric, "include_self": include_self}
     found = topk.search_own(rows, **knobs)
-    return _scored(rows, rows, found.indices, metric), Proof(found.unproved)
+    return _scored(rows, rows, found, metric), Proof(found.unproved)
 
 
 def _traced_cross(a, b, best_a, best_b, *, k, metric, named):
@@ -401,13 +400,17 @@ def _traced_both(a, b, *, k, metric):
         return _nobody(a.shape[0], k), _nobody(b.shape[0], k)
     x, y = pairs.prepare(a, b, metric, one_scale=True)
     of_a, of_b = topk.search_both(x, y, k=k, metric=metric)
-    return _scored(x, y, of_a.indices, metric), _scored(y, x, of_b.indices, metric)
+    return _scored(x, y, of_a, metric), _scored(y, x, of_b, metric)
 
 
 def _visited(queries, keys, block, *, metric, mesh, **knobs):
     """Block after block: the neighbours so far, and those among one block more."""
+    n, put = len(queries), jax.device_put
     if mesh is None:
         queries = jnp.asarray(queries)
+    else:
+        put = functools.partial(meshes.share, mesh=meshes.line(mesh), fill=np.nan)
+        queries = put(queries)
     find = functools.partial(
         nearest_neighbors, metric=metric, mesh=mesh, with_proof=True, **knobs
     )
@@ -421,9 +424,11 @@ def _visited(queries, keys, block, *, metric, mesh, **knobs):
         best = merge_neighbors(known[0], found, metric=metric)
         return best, Proof(known[1].unproved | proof.unproved)
 
-    if not len(keys):
-        return find(queries, keys)
-    return visits.visit(keys, block, step, None)
+    if len(keys):
+        found = visits.visit(keys, block, step, None, put)
+    else:
+        found = find(queries, keys)
+    return jax.tree.map(lambda x: x[:n], found)
 
 
 def _check_traced(implementation: str | None) -> None:

@@ -1,10 +1,13 @@
 """Exact neighbours over a mesh: blocks of keys go round, and every visit is certified.
 
 Each visit is a search of its own (`topk`) whose result is exact for that block of
-keys, so that merging by pair score and index is all that is left. Where all rows look
-for each other a product serves both of its sides: after its own block a device meets
-those of the next floor(P/2) devices, and what a visitor finds travels with it, then
-home. With P even the last of them meet twice, and each of the two takes half.
+keys, as far as they reach the row's k best so far: merging by pair score and index is
+all that is left. Where all rows look for each other a product serves both of its
+sides: after its own block a device meets those of the next floor(P/2) devices, and
+what a visitor finds travels with it, then home. With P even the last of them meet
+twice, and each of the two takes half.
+
+Rows that were given in bfloat16 travel in bfloat16.
 """
 
 import functools
@@ -62,10 +65,11 @@ def nearest(
         part = others.valid.shape[0]
 
         def visit(best, block, origin):
-            found = topk.search(rows, block, k=k, metric=metric)
+            block = _wide(block)
+            found = topk.search(rows, block, k=k, metric=metric, floor=_floor(best))
             return _merged(best, _scored(found, rows, block, origin * part, metric))
 
-        return meshes.ring(visit, _none(rows, k), others, size)
+        return meshes.ring(visit, _none(rows, k), _narrow(others), size)
 
     found = meshes.on_each(search, mesh, meshes.ROWS)(rows, others)
     exponent = rows.exponent + others.exponent[:1]
@@ -96,51 +100,68 @@ def all_pairs(
     return _whole(Ringed(found, 2 * rows.exponent), n, mesh)
 
 
+class _Visitor(NamedTuple):
+    """A block of rows on its way, and the closeness that k rows at home reach."""
+
+    rows: pairs.Rows
+    floor: Float[Array, " n"]
+
+
 def _all_pairs(rows, *, size, k, metric, include_self):
     part = rows.valid.shape[0]
     me = meshes.here()
-    meet = functools.partial(topk.search_both, k=k, metric=metric)
+    # As others see them: the two ends of a pair score it alike, to the last bit.
+    narrow = _narrow(rows)
+    rows = _wide(narrow)
+    found = topk.search_own(rows, k=k, metric=metric, include_self=include_self)
+    best = _scored(found, rows, rows, me * part, metric)
+    if size == 1:
+        return best
 
-    def both(best, block, travelling, origin):
-        of_rows, of_block = meet(rows, block)
+    def meet(a, b, floors):
+        return topk.search_both(a, b, k=k, metric=metric, floors=floors)
+
+    def both(best, visitor, travelling, origin):
+        block = _wide(visitor.rows)
+        floors = _floor(best), jnp.maximum(visitor.floor, _floor(travelling))
+        of_rows, of_block = meet(rows, block, floors)
         here = _scored(of_rows, rows, block, origin * part, metric)
         there = _scored(of_block, block, rows, me * part, metric)
         return _merged(best, here), _merged(travelling, there)
 
     def step(s, state):
-        best, block, travelling = state
-        coming = meshes.passed(block, size)
-        best, travelling = both(best, block, travelling, (me + s) % size)
+        best, visitor, travelling = state
+        coming = meshes.passed(visitor, size)
+        best, travelling = both(best, visitor, travelling, (me + s) % size)
         return best, coming, meshes.passed(travelling, size)
 
-    block = meshes.passed(rows, size) if size > 1 else rows
-    found = topk.search_own(rows, k=k, metric=metric, include_self=include_self)
-    best = _scored(found, rows, rows, me * part, metric)
-    if size == 1:
-        return best
+    visitor = meshes.passed(_Visitor(narrow, _floor(best)), size)
     last = size // 2
-    state = best, block, meshes.varying(_none(rows, k))
+    state = best, visitor, meshes.varying(_none(rows, k))
     if last > 1:
         state = lax.fori_loop(1, last, step, state)
-    best, block, travelling = state
+    best, visitor, travelling = state
     origin = (me + last) % size
     if size % 2:
-        best, travelling = both(best, block, travelling, origin)
+        best, travelling = both(best, visitor, travelling, origin)
     else:
         # Both partners are here and there. The whole of the lower one meets the first
         # half of the upper one on the lower one, the second on the upper one.
         half = part // 2
         lower = me < last
+        block = _wide(visitor.rows)
 
         def chosen(yes, no):
             return jax.tree.map(lambda a, b: jnp.where(lower, a, b), yes, no)
 
-        def cut(rows, start, stop):
-            return jax.tree.map(lambda x: x[start:stop], rows)
+        def cut(tree, start, stop):
+            return jax.tree.map(lambda x: x[start:stop], tree)
 
-        whole = chosen(rows, block)
-        some = chosen(cut(block, 0, half), cut(rows, half, part))
-        of_whole, of_some = meet(whole, some)
+        mine = rows, _floor(best)
+        theirs = block, jnp.maximum(visitor.floor, _floor(travelling))
+        whole, of_whole = chosen(mine, theirs)
+        some, of_some = chosen(cut(theirs, 0, half), cut(mine, half, part))
+        of_whole, of_some = meet(whole, some, (of_whole, of_some))
         first = jnp.where(lower, origin * part, me * part + half)
         of_whole = _scored(of_whole, whole, some, first, metric)
         first = jnp.where(lower, me * part, origin * part)
@@ -150,6 +171,28 @@ def _all_pairs(rows, *, size, k, metric, include_self):
         best = _merged(best, chosen(of_whole, of_some))
         travelling = _merged(travelling, chosen(of_some, of_whole))
     return _merged(best, meshes.passed(travelling, size, -last))
+
+
+def _narrow(rows: pairs.Rows) -> pairs.Rows:
+    """Rows as they travel: those that were given in bfloat16 in as few bits."""
+    if rows.significand is None:
+        return rows
+    short = rows.values * rows.significand[:, None]
+    return rows._replace(values=short.astype(jnp.bfloat16))
+
+
+def _wide(rows: pairs.Rows) -> pairs.Rows:
+    if rows.significand is None:
+        return rows
+    # A barrier, or compilers drop the conversion there and back.
+    values = lax.optimization_barrier(rows.values).astype(jnp.float32)
+    return rows._replace(values=values / rows.significand[:, None])
+
+
+def _floor(best: Best) -> Float[Array, " n"]:
+    """The closeness that k keys reach; minus infinity where there are fewer."""
+    last = lax.stop_gradient(best.closeness[:, -1])
+    return jnp.where(best.ids[:, -1] < 0, -jnp.inf, last)
 
 
 def _none(rows: pairs.Rows, k: int) -> Best:
@@ -165,7 +208,7 @@ def _stacked(a: Best, b: Best) -> Best:
 
 def _scored(found: topk.Found, rows, block, first, metric) -> Best:
     """What was found among a block's rows, whose first one has the id `first`."""
-    closeness = topk.pair_scores(rows, block, found.indices, metric)
+    closeness = topk.scored(rows, block, found, metric)
     empty = found.indices < 0
     return Best(
         jnp.where(empty, jnp.nan, closeness),

@@ -1,11 +1,15 @@
 """Exact top-k inside a trace: one program with static shapes, certified per row.
 
 A tile of scores from one matrix product yields a few more candidates than k by its
-largest values; candidates are scored pair by pair. A row is proved when its k-th
-pair score exceeds every excluded tile score by more than the two can differ. Rows
-without a proof are scored pair by pair against every key.
+largest values; those that may be among the k closest are scored pair by pair. A row is
+proved when its k-th pair score exceeds every excluded tile score by more than the two
+can differ. Rows without a proof are scored pair by pair against every key.
+
+Where k keys are known from elsewhere, the `floor` of a row is the closeness that they
+reach: what stays below it is not looked for.
 """
 
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -25,6 +29,7 @@ _FREE_TIES = (
 )
 _GROUP = 32  # largest number of columns that share one maximum
 _RESCUED = 8  # unproved rows scored at a time
+_SCORED = 16  # candidates of each row scored at a time
 
 
 class _Sizes(NamedTuple):
@@ -55,16 +60,24 @@ class Found(NamedTuple):
     """The k closest keys of each query, best first, and which rows lacked a proof.
 
     Attributes:
-      indices: int32; -1 beyond the last valid key.
+      indices: int32; -1 beyond the last valid key, and in place of keys that do not
+        reach the row's floor.
+      closeness: their pair scores, without gradients (`scored` adds them).
       unproved: rows that were scored against every key.
     """
 
     indices: Int[Array, "n k"]
+    closeness: Float[Array, "n k"]
     unproved: Bool[Array, " n"]
 
 
 def search(
-    queries: pairs.Rows, keys: pairs.Rows, *, k: int, metric: pairs.Metric
+    queries: pairs.Rows,
+    keys: pairs.Rows,
+    *,
+    k: int,
+    metric: pairs.Metric,
+    floor: Float[Array, " n"] | None = None,
 ) -> Found:
     """The k closest valid keys of each query."""
     sizes = _sizes()
@@ -82,8 +95,7 @@ def search(
         return lax.scan(step, nothing, others.tiles)[0]
 
     kept = lax.map(block, mine.tiles)
-    nobody = jnp.full_like(queries.exponent, -1)
-    return _certified(mine, others, nobody, kept, k, metric)
+    return _certified(mine, others, None, floor, kept, k, metric)
 
 
 def search_both(
@@ -92,6 +104,7 @@ def search_both(
     *,
     k: int,
     metric: pairs.Metric,
+    floors: tuple[Float[Array, " n"] | None, Float[Array, " m"] | None] = (None, None),
     tile: int | None = None,
 ) -> tuple[Found, Found]:
     """The k closest keys of each row and the k closest rows of each key.
@@ -116,9 +129,8 @@ def search_both(
     of_keys, of_rows = lax.scan(row_tile, _nothing(others.valid, rows.valid, k), mine)
     found = []
     for me, kept in enumerate((of_rows, of_keys)):
-        nobody = jnp.full_like(sides[me].rows.exponent, -1)
         both = sides[me], sides[1 - me]
-        found.append(_certified(*both, nobody, kept, k, metric))
+        found.append(_certified(*both, None, floors[me], kept, k, metric))
     return found[0], found[1]
 
 
@@ -155,30 +167,42 @@ def search_own(
     kept = lax.map(diagonal, tiles)
     if count > 1:
         kept, _ = lax.scan(off_diagonal, kept, np.triu_indices(count, 1))
-    ids = jnp.arange(len(rows.valid), dtype=jnp.int32)
-    excluded = jnp.full_like(ids, -1) if include_self else ids
-    return _certified(side, side, excluded, kept, k, metric)
+    excluded = None
+    if not include_self:
+        excluded = jnp.arange(len(rows.valid), dtype=jnp.int32)
+    return _certified(side, side, excluded, None, kept, k, metric)
 
 
-def pair_scores(
-    queries: pairs.Rows,
-    keys: pairs.Rows,
-    indices: Int[Array, "n k"],
-    metric: pairs.Metric,
+def scored(
+    queries: pairs.Rows, keys: pairs.Rows, found: Found, metric: pairs.Metric
 ) -> Float[Array, "n k"]:
-    """Closeness of each query to the keys named in its row; differentiable."""
+    """The closeness that was found, with gradients with respect to both sides."""
+    values = queries.values, keys.values
+    return _scored(*values, found.indices, found.closeness, metric)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _scored(queries, keys, indices, closeness, metric):
+    del queries, keys, indices, metric  # only a derivative needs them
+    return closeness
+
+
+@_scored.defjvp
+def _scored_jvp(metric, primals, tangents):
+    queries, keys, indices, closeness = primals
     n, k = indices.shape
-    if n == 0 or k == 0:
-        return jnp.zeros((n, k))
-    rows = max(1, min(n, _sizes().gathered // max(1, k * queries.values.shape[1])))
+    size = max(1, min(n, _sizes().gathered // max(1, k * queries.shape[1])))
 
-    @jax.checkpoint
-    def block(xs):
-        values, ids = xs
-        return pairs.pair_closeness(values, keys.values[ids], metric)
+    def scores(queries, keys):
+        @jax.checkpoint
+        def block(xs):
+            values, ids = xs
+            return pairs.pair_closeness(values, keys[ids], metric)
 
-    blocks = _blocks(queries.values, rows), _blocks(jnp.maximum(indices, 0), rows)
-    return lax.map(block, blocks).reshape(-1, k)[:n]
+        blocks = _blocks((queries, jnp.maximum(indices, 0)), size)
+        return lax.map(block, blocks).reshape(-1, k)[:n]
+
+    return closeness, jax.jvp(scores, (queries, keys), tangents[:2])[1]
 
 
 class _Tile(NamedTuple):
@@ -281,7 +305,8 @@ def _largest(scores: Array, count: int) -> tuple[Array, Array]:
 def _certified(
     mine: _Side,
     others: _Side,
-    excluded: Int[Array, " n"],
+    excluded: Int[Array, " n"] | None,
+    floor: Float[Array, " n"] | None,
     kept: _Candidates,
     k: int,
     metric: pairs.Metric,
@@ -291,56 +316,98 @@ def _certified(
     size = mine.tiles.valid.shape[1]
     bounds = halves.bound(mine.lengths, others.lengths, columns, metric)
     keys = others.rows.values
+    if excluded is None:
+        excluded = jnp.full(n, -1, jnp.int32)
+    if floor is None:
+        floor = jnp.full(n, -jnp.inf)
+    floor = lax.stop_gradient(floor)
 
     def block(xs):
         return _certified_block(*xs, keys, others.tiles, k, metric)
 
-    parts = _blocks((mine.rows.values, mine.rows.valid, excluded, bounds), size)
-    found = lax.map(block, (*parts, kept))
+    rows = mine.rows.values, mine.rows.valid, excluded, bounds, floor
+    found = lax.map(block, (*_blocks(rows, size), kept))
     return Found(*(x.reshape(-1, *x.shape[2:])[:n] for x in found))
 
 
 def _certified_block(
-    values, needed, excluded, bounds, kept, key_values, tiles, k, metric
+    values, needed, excluded, bounds, floor, kept, key_values, tiles, k, metric
 ) -> Found:
     """The k best of the `kept` keys by pair score, or of all keys where unproved."""
-    r, m = values.shape[0], key_values.shape[0]
-    known = kept.scores > -jnp.inf
-    ids = jnp.where(known, kept.ids, m)
-    size = max(1, _sizes().gathered // max(1, ids.shape[1] * values.shape[1]))
-    size = min(r, size)
-    exact = lax.map(
-        lambda xs: pairs.pair_closeness(
-            xs[0], key_values[jnp.minimum(xs[1], m - 1)], metric
-        ),
-        _blocks((values, ids), size),
-    ).reshape(-1, ids.shape[1])[:r]
-    exact = jnp.where(known, exact, -jnp.inf)
-    cost, ids = lax.sort((-exact, ids), dimension=1, num_keys=2)
-    ids, last = ids[:, :k], -cost[:, k - 1]
+    m = key_values.shape[0]
+    # k pair scores reach the k-th product less its bound: candidates that cannot reach
+    # those are left out. The others come first.
+    reach = jnp.maximum(kept.scores[:, k - 1] - bounds, floor)
+    possible = kept.scores + bounds[:, None] >= reach[:, None]
+    ids = jnp.where(possible & (kept.scores > -jnp.inf), kept.ids, m)
+    cost, ids = lax.sort(
+        (-_first_scored(values, key_values, ids, metric), ids), dimension=1, num_keys=2
+    )
+    cost, ids = cost[:, :k], ids[:, :k]
+    last = jnp.maximum(-cost[:, -1], floor)
     proved = (kept.excluded == -jnp.inf) | (last - kept.excluded > bounds)
     unproved = needed & ~proved
-    ids = _rescue(values, excluded, unproved, ids, key_values, tiles, k, metric)
+    cost, ids = _rescue(
+        values, excluded, unproved, (cost, ids), key_values, tiles, metric
+    )
     ids = jnp.where((ids < m) & needed[:, None], ids, -1)
-    return Found(ids, unproved)
+    return Found(ids, -cost, unproved)
 
 
-def _rescue(values, excluded, unproved, ids, key_values, tiles, k, metric):
-    """Replaces the rows of `ids` that are `unproved`, a few at a time."""
-    r = values.shape[0]
+def _first_scored(
+    values: Float[Array, "r d"],
+    keys: Float[Array, "m d"],
+    ids: Int[Array, "r c"],
+    metric: pairs.Metric,
+) -> Float[Array, "r c"]:
+    """Pair scores with the first keys of each row, up to the ids that are m.
+
+    A few columns at a time, and no more than the fullest of some rows has.
+    """
+    r, m = len(values), len(keys)
+    size = max(1, min(r, _sizes().gathered // (_SCORED * max(1, values.shape[1]))))
+    width = ids.shape[1]
+    ids = jnp.pad(ids, ((0, 0), (0, -width % _SCORED)), constant_values=m)
+
+    def some(xs):
+        values, ids = xs
+        most = jnp.max(jnp.sum(ids < m, axis=1))
+
+        def step(state):
+            at, scores = state
+            theirs = lax.dynamic_slice_in_dim(ids, at, _SCORED, axis=1)
+            new = pairs.pair_closeness(values, keys[jnp.minimum(theirs, m - 1)], metric)
+            return at + _SCORED, lax.dynamic_update_slice_in_dim(scores, new, at, 1)
+
+        # Computed from the data, as in `_nothing`.
+        nothing = jnp.where(ids < m, -jnp.inf, -jnp.inf)
+        return lax.while_loop(lambda state: state[0] < most, step, (0, nothing))[1]
+
+    scores = lax.map(some, _blocks((values, ids), size))
+    scores = scores.reshape(-1, ids.shape[1])[:r, :width]
+    return jnp.where(ids[:, :width] < m, scores, -jnp.inf)
+
+
+def _rescue(values, excluded, unproved, best, key_values, tiles, metric):
+    """Replaces the rows of `best` that are `unproved`, a few at a time."""
+    (r, k), m = best[1].shape, key_values.shape[0]
     count = min(_RESCUED, r)
 
     def body(state):
-        ids, left = state
+        cost, ids, left = state
         chosen = jnp.nonzero(left, size=count, fill_value=r)[0]
         safe = jnp.minimum(chosen, r - 1)
-        exact = _exhaustive(values[safe], excluded[safe], key_values, tiles, k, metric)
+        rows = values[safe]
+        exact = _exhaustive(rows, excluded[safe], key_values, tiles, k, metric)
+        # Every score is the sum that `_first_scored` makes.
+        scores = _first_scored(rows, key_values, exact, metric)
         return (
+            cost.at[chosen].set(-scores, mode="drop"),
             ids.at[chosen].set(exact, mode="drop"),
             left.at[chosen].set(False, mode="drop"),
         )
 
-    return lax.while_loop(lambda state: state[1].any(), body, (ids, unproved))[0]
+    return lax.while_loop(lambda state: state[2].any(), body, (*best, unproved))[:2]
 
 
 def _exhaustive(values, excluded, key_values, tiles, k, metric):

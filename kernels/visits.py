@@ -13,21 +13,28 @@ from . import mesh as meshes
 
 
 def visit(
-    keys: Any, block: int, step: Callable[[Any, jax.Array, int], Any], state: Any
+    keys: Any,
+    block: int,
+    step: Callable[[Any, jax.Array, int], Any],
+    state: Any,
+    put: Callable[[np.ndarray], jax.Array] = jax.device_put,
 ) -> Any:
     """The state after `step(state, keys[first : first + block], first)` for all blocks.
 
-    Waits for each step: a queue of steps would be a queue of blocks on the device.
+    `put` brings a block to the device, or to several. Waits for each step: a queue of
+    steps would be a queue of blocks on the device.
     """
-    for first, present in _blocks(meshes.on_host(keys), block):
+    for first, present in _blocks(meshes.on_host(keys), block, put):
         state = jax.block_until_ready(step(state, present, first))
         del present
     return state
 
 
-def _blocks(keys: Any, block: int) -> Iterator[tuple[int, jax.Array]]:
+def _blocks(
+    keys: Any, block: int, put: Callable[[np.ndarray], jax.Array]
+) -> Iterator[tuple[int, jax.Array]]:
     starts = range(0, len(keys), block)
-    coming = (jax.device_put(np.asarray(keys[a : a + block])) for a in starts)
+    coming = (put(np.asarray(keys[a : a + block])) for a in starts)
     ahead = next(coming, None)
     for first in starts:
         # The one before is dropped here, before another one is put.

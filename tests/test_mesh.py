@@ -1,6 +1,7 @@
 """Many devices find what one finds, and do no more than their share."""
 
 import functools
+import re
 
 import counting
 import jax
@@ -150,13 +151,45 @@ def test_a_device_multiplies_and_sends_what_the_formula_says(rng, parts):
         return counting.counted(lowered.compile().as_text())
 
     rows = part * (4 * d + 1)  # float32, and whether a row is valid
-    lists = part * (k * 8 + 1)  # closeness, id, and whether a search was repeated
+    # The closeness k rows reach; closeness, id, and whether a search was repeated.
+    lists = part * (4 + k * 8 + 1)
     found = count(ringed.all_pairs, x, include_self=False)
     assert found["dot"] == 2 * d * part**2 * (parts + 1) / 2
     assert found["collective-permute"] == parts // 2 * (rows + lists)
     found = count(ringed.nearest, x, x)
     assert found["dot"] == 2 * d * part * n
     assert found["collective-permute"] == (parts - 1) * rows
+
+
+@pytest.mark.parametrize("search", [ringed.all_pairs, ringed.nearest])
+def test_bfloat16_rows_travel_as_such(rng, search):
+    mesh = meshes.line(devices(4))
+    x = rng.standard_normal((64, 16)).astype(ml_dtypes.bfloat16)
+    rows = meshes.share(x, mesh)
+    sides = (rows, rows) if search is ringed.nearest else (rows,)
+    knobs = {"include_self": True} if search is ringed.all_pairs else {}
+    lowered = search.lower(*sides, n=64, mesh=mesh, k=3, metric="cosine", **knobs)
+    # In the program that is compiled: a CPU's compiler widens what it sends.
+    sent = re.findall(r"collective_permute.*-> tensor<(\w+)>", lowered.as_text())
+    assert "16x16xbf16" in sent
+    assert "16x16xf32" not in sent
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_visit_scores_only_what_may_enter(rng, dtype):
+    queries, keys = (rng.standard_normal((n, 8)).astype(dtype) for n in (40, 300))
+    rows, others = pairs.prepare(jnp.asarray(queries), jnp.asarray(keys), "cosine")
+    whole = topk.search(rows, others, k=K, metric="cosine")
+    # Half of the rows look for what is among their two closest, the others for nothing.
+    floor = jnp.where(jnp.arange(40) % 2, whole.closeness[:, 1], 1.01)
+    found = topk.search(rows, others, k=K, metric="cosine", floor=floor)
+    seen = found.indices[1::2]
+    np.testing.assert_array_equal(seen[:, :2], whole.indices[1::2, :2])
+    assert not found.unproved.any()
+    assert (found.indices[::2] == -1).all()
+    # What else was scored is nearly as close: within two bounds.
+    near = whole.closeness[1::2, 1:2] - found.closeness[1::2]
+    assert (near[seen >= 0] < 1e-4).all()
 
 
 @pytest.mark.parametrize("parts, n, m", [(8, 21, 43), (3, 2, 60), (4, 5, 3)])

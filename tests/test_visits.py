@@ -29,14 +29,22 @@ def test_blocks_change_nothing(rng, tmp_path, metric):
     assert proof.unproved.shape == (21,)
 
 
-def test_blocks_over_a_mesh_and_none_at_all(rng):
-    x = rng.standard_normal((50, 8)).astype(np.float32)
+def test_blocks_over_a_mesh_and_none_at_all(rng, monkeypatch):
+    x = rng.standard_normal((49, 8)).astype(np.float32)
     mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
     one = kernels.nearest_neighbors(x, x, k=4)
+    search, held = neighbors._meshed_nearest, []
+
+    def noted(queries, keys, **knobs):
+        held.extend(part.data.shape[0] for part in keys.addressable_shards)
+        return search(queries, keys, **knobs)
+
+    monkeypatch.setattr(neighbors, "_meshed_nearest", noted)
     found = kernels.nearest_neighbors(x, x, k=4, block=20, mesh=mesh)
     np.testing.assert_array_equal(found.indices, one.indices)
+    assert held == [10, 10, 10, 10, 5, 5]  # no device ever has a whole block
     none = kernels.nearest_neighbors(x, x[:0], k=4, block=20)
-    assert none.indices.shape == (50, 4) and (none.indices == -1).all()
+    assert none.indices.shape == (49, 4) and (none.indices == -1).all()
 
 
 def test_reductions_by_blocks(rng):
