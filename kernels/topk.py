@@ -390,7 +390,7 @@ def _first_scored(
 
 def _rescue(values, excluded, unproved, best, key_values, tiles, metric):
     """Replaces the rows of `best` that are `unproved`, a few at a time."""
-    (r, k), m = best[1].shape, key_values.shape[0]
+    r, k = best[1].shape
     count = min(_RESCUED, r)
 
     def body(state):
