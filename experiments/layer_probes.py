@@ -25,8 +25,9 @@ that only one word has: both are named, with the number of their rows.
 `--level=token` every word has one. Where texts, not words, have labels and there are
 several languages, the transfer matrix trains on each and tests on all (balanced
 accuracy; translations of one text are never on both sides), as the vectors are and with
-the mean of each language taken away. Labels of words are probed in all languages
-together, without a transfer matrix.
+the mean of each language taken away; a language without five rows of every label that
+is probed is left out. Labels of words are probed in all languages together, without a
+transfer matrix.
 """
 
 import collections
@@ -79,6 +80,10 @@ def main(argv: list[str]) -> None:
     run = common.begin("layer_probes", inputs)
 
     found = labelled_text.states(model, tokenizer, texts.texts, level=level)
+    if found.cut:
+        print(
+            f"{found.cut} of {len(texts.texts)} texts are cut: only their start counts."
+        )
     kinds = _labels(texts, level, list(zip(found.text, found.place)))
     types = found.words if level == "token" else [texts.items[i] for i in found.text]
     summary = {
@@ -220,17 +225,26 @@ def _probe(workdir, kind: str, vectors, labels, types) -> dict:
 
 def _transfer(workdir, found: labelled_text.States, texts: labelled_text.Texts) -> dict:
     """Trained on one language, tested on each: heat-map of the best layer."""
-    result, centred = (
-        probes.transfer_by_layer(
-            found.vectors,
-            [texts.languages[i] for i in found.text],
-            [texts.labels[i] for i in found.text],
-            [texts.items[i] for i in found.text],
-            centred=centred,
-            seed=common.SEED.value,
+    labels = [texts.labels[i] for i in found.text]
+    counts = collections.Counter(labels)
+    least = _LEAST if _TEXTS.value else 0  # as the probes for the same labels
+    rows = [i for i, label in enumerate(labels) if counts[label] >= least]
+    try:
+        result, centred = (
+            probes.transfer_by_layer(
+                found.vectors[:, rows],
+                [texts.languages[found.text[i]] for i in rows],
+                [labels[i] for i in rows],
+                [texts.items[found.text[i]] for i in rows],
+                centred=centred,
+                seed=common.SEED.value,
+            )
+            for centred in (False, True)
         )
-        for centred in (False, True)
-    )
+    except ValueError as error:
+        # The probes are done, and worth keeping.
+        print(f"\nNo transfer matrix. {error}")
+        return {"left_out": str(error)}
     best = int(np.argmax(result.across))
     print(
         f"\nTransfer of {', '.join(result.labels)} between {len(result.names)}"

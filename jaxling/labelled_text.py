@@ -28,13 +28,15 @@ class States(NamedTuple):
     """Vectors `[layer, n, d]` float32: the input embedding, then each block's output.
 
     `text[i]` is the text of row i, `words[i]` its word ("" at sentence level) and
-    `place[i]` the word's number in the text (0 at sentence level).
+    `place[i]` the word's number in the text (0 at sentence level). `cut` counts the
+    texts that were too long.
     """
 
     vectors: np.ndarray
     text: np.ndarray
     words: list[str]
     place: np.ndarray
+    cut: int
 
 
 def read_texts(path: str | pathlib.Path, *, level: str) -> Texts:
@@ -170,7 +172,7 @@ def states(
         raise ValueError(f'`level` must be "token" or "sentence"; got {level!r}.')
     tokenizer.padding_side = "right"
     order = np.argsort([len(text) for text in texts], kind="stable")
-    vectors, of_text, words, places = [], [], [], []
+    vectors, of_text, words, places, cut = [], [], [], [], 0
     for start in range(0, len(texts), batch):
         own = order[start : start + batch]
         # One shape per rounded length; the last batch is filled up with its last text.
@@ -194,6 +196,8 @@ def states(
         )
         for line, i in enumerate(own.tolist()):
             spans = encoded["offset_mapping"][line]
+            full = encoded["attention_mask"][line].sum() == longest
+            cut += int(full and spans.max() < len(texts[i].rstrip()))
             if level == "sentence":
                 real = encoded["attention_mask"][line] > 0
                 vectors.append(layers[:, line, real].mean(axis=1, keepdims=True))
@@ -207,9 +211,8 @@ def states(
             of_text += [i] * len(last)
             words += [pieces[place] for place in last]
             places += list(last)
-    return States(
-        np.concatenate(vectors, axis=1), np.array(of_text), words, np.array(places)
-    )
+    joined = np.concatenate(vectors, axis=1)
+    return States(joined, np.array(of_text), words, np.array(places), cut)
 
 
 def _last_tokens(text: str, spans) -> dict[int, int]:

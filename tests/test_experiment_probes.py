@@ -78,6 +78,30 @@ def test_layers_of_the_small_model_from_the_command_line(tmp_path):
     assert summary["transfer"]["within_by_layer"][0] > 0.9
     for name in ("label_accuracy", "label_selectivity", "label_layers", "transfer"):
         assert (tmp_path / "run" / f"{name}.png").stat().st_size > 0
+    # A rare label is left out of both; with one label a language there is no transfer.
+    rare = [f"rare {i}\tl2\teng\t{100 + i}" for i in range(9)]
+    single = [
+        line.replace("\tl1\teng", "\tl0\teng").replace("\tl0\tswh", "\tl1\tswh")
+        for line in lines
+    ]
+    for name, given, languages in (
+        ("rare", [*lines, *rare], ["eng", "swh"]),
+        ("single", single, None),
+    ):
+        other = tmp_path / f"{name}.tsv"
+        other.write_text("\n".join([*given, "long " * 200 + "\tl0\teng\t99"]), "utf-8")
+        workdir = tmp_path / name
+        done = run(
+            "layer_probes", *flags[:2], f"--texts={other}", f"--workdir={workdir}"
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"1 of {len(given)} texts are cut" in done.stdout
+        summary = json.loads((workdir / "summary.json").read_text())
+        assert summary["label"]["labels"] == ["l0", "l1"]
+        assert summary["transfer"].get("languages") == languages
+        assert ("No transfer matrix." in done.stdout) == (languages is None)
+
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     path.write_text(path.read_text("utf-8").replace("light 0\tl0", "light 0\tl1"))
     done = run("layer_probes", *flags, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 1 and "a run with other inputs" in done.stderr

@@ -106,5 +106,6 @@ def test_states_are_those_of_the_model_at_the_last_token_of_each_word():
         model, tokenizer, [texts[2]], level="token", longest=8, batch=1
     )
     assert 0 < len(short.words) < len(texts[2].split())
+    assert short.cut == 1 and found.cut == means.cut == 0
     with pytest.raises(ValueError, match="`level`"):
         labelled_text.states(model, tokenizer, texts, level="word")
