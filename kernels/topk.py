@@ -319,7 +319,7 @@ def _certified(
     if excluded is None:
         excluded = jnp.full(n, -1, jnp.int32)
     if floor is None:
-        floor = jnp.full(n, -jnp.inf)
+        floor = jnp.full(n, -jnp.inf, jnp.float32)
     floor = lax.stop_gradient(floor)
 
     def block(xs):
@@ -380,7 +380,7 @@ def _first_scored(
             return at + _SCORED, lax.dynamic_update_slice_in_dim(scores, new, at, 1)
 
         # Computed from the data, as in `_nothing`.
-        nothing = jnp.where(ids < m, -jnp.inf, -jnp.inf)
+        nothing = jnp.where(ids < m, jnp.float32(-jnp.inf), -jnp.inf)
         return lax.while_loop(lambda state: state[0] < most, step, (0, nothing))[1]
 
     scores = lax.map(some, _blocks((values, ids), size))

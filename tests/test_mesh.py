@@ -124,6 +124,13 @@ def test_inside_a_program_and_under_another_current_mesh(rng):
         assert_neighbors(find(x, x), x, x, "cosine")
 
 
+def test_where_jax_keeps_float64_too(float64, rng):
+    x = rng.standard_normal((21, 8))
+    found = kernels.all_pairs_neighbors(x, k=K, mesh=devices(3))
+    assert found.scores.dtype == np.float32
+    assert_neighbors(found, x, x, "cosine", np.arange(21))
+
+
 def test_scores_have_gradients(rng):
     queries, keys = (rng.standard_normal((n, 4)).astype(np.float32) for n in (6, 30))
 
