@@ -16,7 +16,7 @@ PROBLEMS = 512  # of one batch: bounds the solver's state
 MARGINS = 2**18  # rows x columns of a batch that groups of problems may share
 BATCH_ROWS = 4096  # and its rows, where those of the features are not more
 BLOCK_ROWS = 512  # a block, its margins and its residuals stay in cache
-SAMPLE = 8  # of so many blocks of a tile one is in the sample
+SAMPLE = 8  # of so many blocks of a large tile one is in its sample
 PAIRS = 1536  # of rows, whose differences estimate the covariance
 
 
@@ -27,7 +27,6 @@ class Batch(NamedTuple):
     labels:    `[b, c, r]` class, or -1.
     weights:   `[b, 1 or c, r]` sample weights, or None.
     tile:      `[b]` the tile of a block.
-    share:     `[b]` how many rows each row of a block stands for; 1 but in a sample.
     problem:   `[t, c]` problem (of this batch) of each column; p where there is none.
     slots:     `[p, s]` the columns, counted through all tiles, of each problem.
     slot_used: `[p, s]` whether a slot is real.
@@ -35,13 +34,15 @@ class Batch(NamedTuple):
     group:     `[b]` the group (connected tiles) of a block.
     owner:     `[p]` the group of a problem.
     used:      `[b]` whether a block is real.
+    sample:    `[b]` how many rows each row of a block stands for in a sample of its
+               tile; 0 where the block is not in it.
+    sampled:   `[p]` whether a problem has a sample, other than all of its rows.
     """
 
     rows: np.ndarray
     labels: np.ndarray
     weights: np.ndarray | None
     tile: np.ndarray
-    share: np.ndarray
     problem: np.ndarray
     slots: np.ndarray
     slot_used: np.ndarray
@@ -49,47 +50,36 @@ class Batch(NamedTuple):
     group: np.ndarray
     owner: np.ndarray
     used: np.ndarray
+    sample: np.ndarray
+    sampled: np.ndarray
 
 
 class Packed(NamedTuple):
-    """Batches, and the problem ids that each of them holds.
-
-    Together they hold every problem once; those of the samples, which have the same
-    shapes, hold the problems of large tiles on some of their rows.
-    """
+    """Batches, and the problem ids of each; together they hold every problem once."""
 
     batches: list[Batch]
     ids: list[np.ndarray]
-    samples: list[Batch]
-    sample_ids: list[np.ndarray]
 
 
-def pack(problems: Problems, *, sampled: bool = False) -> Packed:
-    """Batches of all problems, and of samples where they are asked for."""
+def pack(problems: Problems) -> Packed:
+    """Batches of all problems, alike in shape."""
     filled = (t for t in problems.tiles if len(t.rows) and len(t.problems))
     problems = problems._replace(tiles=tuple(filled))
     outputs = 1 if problems.classes == 2 else problems.classes
     groups = [part for all_ in _connected(problems) for part in _divide(all_, outputs)]
     lengths = np.array([len(t.rows) for tiles, _ in groups for t in tiles])
     block = _block_rows(lengths)
-    whole = [
-        _Group([_shuffled(t, block) for t in tiles], ids, [1.0] * len(tiles))
-        for tiles, ids in groups
-    ]
-    parts = [part for g in whole if (part := _sample(g, block))] if sampled else []
-    drawn = _drawn(whole, block, outputs), _drawn(parts, block, outputs)
-    made = _arrays([*drawn[0], *drawn[1]], block)
-    ids = [np.concatenate([g.ids for g in batch]) for part in drawn for batch in part]
-    first = len(drawn[0])
-    return Packed(made[:first], ids[:first], made[first:], ids[first:])
+    whole = [_Group([_shuffled(t, block) for t in tiles], ids) for tiles, ids in groups]
+    drawn = _drawn(whole, block, outputs)
+    ids = [np.concatenate([group.ids for group in batch]) for batch in drawn]
+    return Packed(_arrays(drawn, block), ids)
 
 
 class _Group(NamedTuple):
-    """Connected tiles, their problems, and how many rows each row stands for."""
+    """Connected tiles and their problems."""
 
     tiles: list[Tile]
     ids: np.ndarray
-    shares: list[float]
 
 
 def _shuffled(tile: Tile, block: int) -> Tile:
@@ -103,19 +93,6 @@ def _shuffled(tile: Tile, block: int) -> Tile:
     order = order[np.argsort(tile.labels[0][order], kind="stable")]
     weights = None if tile.weights is None else tile.weights[..., order]
     return Tile(tile.rows[order], tile.problems, tile.labels[:, order], weights)
-
-
-def _sample(group: _Group, block: int) -> _Group | None:
-    """The group on about an eighth of the rows of its tiles of several blocks."""
-    tiles, shares = [], []
-    for tile in group.tiles:
-        count = -(-len(tile.rows) // block)
-        taken = count if count < 4 else -(-count // SAMPLE)
-        own = np.flatnonzero(np.arange(len(tile.rows)) % count < taken)
-        weights = None if tile.weights is None else tile.weights[..., own]
-        tiles.append(Tile(tile.rows[own], tile.problems, tile.labels[:, own], weights))
-        shares.append(len(tile.rows) / len(own))
-    return None if max(shares) == 1 else _Group(tiles, group.ids, shares)
 
 
 def _drawn(groups: list[_Group], block: int, outputs: int) -> list[list[_Group]]:
@@ -260,7 +237,6 @@ def _arrays(batches: list[list[_Group]], r: int) -> list[Batch]:
             labels=np.full((b, c, r), -1, batch[0].tiles[0].labels.dtype),
             weights=np.ones((b, wide, r)) if has_weights else None,
             tile=np.zeros(b, np.int32),
-            share=np.ones(b, np.float32),
             problem=np.full((t, c), p, np.int32),
             slots=np.zeros((p, s), np.int32),
             slot_used=np.zeros((p, s), bool),
@@ -268,16 +244,18 @@ def _arrays(batches: list[list[_Group]], r: int) -> list[Batch]:
             group=np.zeros(b, np.int32),
             owner=np.zeros(p, np.int32),
             used=np.zeros(b, bool),
+            sample=np.zeros(b, np.float32),
+            sampled=np.zeros(p, bool),
         )
         block = number = offset = 0
-        for h, (group, ids, shares) in enumerate(batch):
+        for h, (group, ids) in enumerate(batch):
             filled = np.zeros(len(ids), int)
             rows = np.concatenate([tile.rows for tile in group])
             one.centre[h] = rows[np.linspace(0, len(rows) - 1, q).astype(int)]
             one.owner[offset : offset + len(ids)] = h
-            for tile, share in zip(group, shares):
+            for tile in group:
                 start, block = block, _fill(one, tile, block, number, h)
-                one.share[start:block] = share
+                _sample(one, start, block, len(tile.rows))
                 own = np.searchsorted(ids, tile.problems)
                 columns = np.arange(len(own))
                 one.problem[number, columns] = offset + own
@@ -285,6 +263,9 @@ def _arrays(batches: list[list[_Group]], r: int) -> list[Batch]:
                 one.slot_used[offset + own, filled[own]] = True
                 filled[own] += 1
                 number += 1
+            inside = one.group[:block] == h
+            sampled = (one.sample[:block][inside] > 1).any()
+            one.sampled[offset : offset + len(ids)] = sampled
             offset += len(ids)
         made.append(one)
     return made
@@ -309,3 +290,12 @@ def _fill(one: Batch, tile: Tile, block: int, number: int, group: int) -> int:
             one.weights[at] = tile.weights[place][:, None]
     one.tile[at], one.group[at], one.used[at] = number, group, True
     return block + count
+
+
+def _sample(one: Batch, start: int, stop: int, rows: int) -> None:
+    """Marks the first of a tile's blocks as its sample; all where they are few."""
+    count = stop - start
+    taken = count if count < 4 else -(-count // SAMPLE)
+    # Rows are dealt out in turn: block i has those of numbers i, i + count, ...
+    drawn = sum(len(range(i, rows, count)) for i in range(taken))
+    one.sample[start : start + taken] = rows / drawn

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -56,6 +57,21 @@ class Start(NamedTuple):
     iterations: Int[Array, " p"]
 
 
+class Stage(NamedTuple):
+    """Which problems are solved, and on what; of several stages, with an axis in front.
+
+    active:         `[p]` whether a problem is solved.
+    share:          `[b]` how many rows each row of a block stands for; 0: is not read.
+    tolerance:      bound, relative to the objective, that counts as solved.
+    max_iterations: iterations, of the stages before too, after which one is left.
+    """
+
+    active: np.ndarray
+    share: np.ndarray
+    tolerance: np.ndarray
+    max_iterations: np.ndarray
+
+
 class Basis(NamedTuple):
     """Leading directions and variances of the rows; the mean of the other variances."""
 
@@ -72,8 +88,7 @@ class _Job(NamedTuple):
     batch: batching.Batch
     basis: Basis
     l2: Float[Array, " p"]
-    tolerance: Float[Array, ""]
-    max_iterations: Int[Array, ""]
+    stage: Stage
 
 
 class _Vector(NamedTuple):
@@ -155,12 +170,32 @@ def solve(
     batch: batching.Batch,
     basis: Basis,
     l2: Float[Array, " p"],
-    real: Bool[Array, " p"],
     begin: Start,
-    tolerance: Float[Array, ""],
-    max_iterations: Int[Array, ""],
+    stages: Stage,
 ) -> LogisticFit:
-    """Solves a batch over its gathered rows; `real` is False where it is padded."""
+    """Solves a batch over its gathered rows, in stages: the fits of the last one.
+
+    Each begins where the one before has solved a problem.
+    """
+
+    def one(begin: Start, stage: Stage):
+        fit = _solve(rows, batch, basis, l2, begin, stage)
+        solved = Start(fit.weights, fit.intercepts, fit.iterations)
+        near = _chosen(fit.converged, solved, begin)
+        return near._replace(iterations=fit.iterations), fit
+
+    _, fits = lax.scan(one, begin, stages)
+    return jax.tree.map(lambda a: a[-1], fits)
+
+
+def _solve(
+    rows: passes.Rows,
+    batch: batching.Batch,
+    basis: Basis,
+    l2: Float[Array, " p"],
+    begin: Start,
+    stage: Stage,
+) -> LogisticFit:
     (b, c, r), (p, k, _) = batch.labels.shape, begin.weights.shape
     zeros = functools.partial(jnp.zeros, dtype=rows.values.dtype)
     at = _Vector(
@@ -176,13 +211,13 @@ def solve(
         margins=zeros((b, c, k, r)),
         moves=zeros((b, c, k, r)),
         limit=zeros(p) + jnp.inf,
-        active=real,
+        active=jnp.asarray(stage.active),
         best=zeros(p) + jnp.inf,
         patience=jnp.full(p, PATIENCE, jnp.int32),
         iterations=begin.iterations,
         restart=jnp.array(True),
     )
-    job = _Job(rows.values, rows.reach, batch, basis, l2, tolerance, max_iterations)
+    job = _Job(rows.values, rows.reach, batch, basis, l2, stage)
     state = lax.while_loop(
         lambda s: jnp.any(s.active), functools.partial(_iterate, job), state
     )
@@ -194,7 +229,7 @@ def solve(
         gradient_norm=jnp.sqrt(_dot(state.gradient, state.gradient)),
         gap=state.gap,
         iterations=state.iterations,
-        converged=_solved(state.gap, state.objective, tolerance),
+        converged=_solved(state.gap, state.objective, stage.tolerance),
     )
 
 
@@ -319,7 +354,7 @@ def _iterate(job: _Job, s: _State) -> _State:
     better = (gap < s.best) | (objective < (1 - 1e-5) * s.objective)
     patience = jnp.where(better, PATIENCE, s.patience - 1)
     iterations = s.iterations + s.active
-    active = s.active & ~_solved(gap, objective, job.tolerance) & (patience > 0)
+    active = s.active & ~_solved(gap, objective, job.stage.tolerance) & (patience > 0)
     stays = by_column(s.active & ~kept)
     return _State(
         at=_chosen(moved, at, s.at),
@@ -331,7 +366,7 @@ def _iterate(job: _Job, s: _State) -> _State:
         margins=jnp.where(stays, block.margins, margins),
         moves=jnp.where(stays | s.restart, 0, move),
         limit=jnp.where(kept, jnp.inf, 0.25 * length).astype(length.dtype),
-        active=active & (iterations < job.max_iterations),
+        active=active & (iterations < job.stage.max_iterations),
         best=jnp.minimum(gap, s.best),
         patience=patience,
         iterations=iterations,
@@ -343,9 +378,10 @@ def _units(job: _Job, s: _State) -> tuple[passes.Units, passes.Block]:
     """The blocks with an unsolved problem, and all blocks."""
     batch, tiles = job.batch, len(job.batch.problem)
     live = jnp.append(s.active, False)[batch.problem].any(axis=1)[batch.tile]
-    live = live & batch.used
+    live = live & (job.stage.share > 0)
     order = jnp.nonzero(live, size=len(live), fill_value=0)[0]
-    weights = (batch.labels >= 0) * batch.share[:, None, None].astype(s.margins.dtype)
+    share = job.stage.share[:, None, None].astype(s.margins.dtype)
+    weights = (batch.labels >= 0) * share
     if batch.weights is not None:
         weights = weights * batch.weights.astype(weights.dtype)
     margins = jnp.where(s.restart, 0, s.margins)

@@ -14,7 +14,7 @@ bound relative to the objective, not a step length, is what stops the iteration.
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -109,28 +109,50 @@ def fit_logistic(
         on_device = jnp.asarray(x)  # as it is already
         spaces = (_space(on_device, i, used, pairs, dtype) for i in range(layers))
         first = next(spaces)  # is computed while the problems are packed
-    sampled = start is None and max_iterations > 2 * SAMPLE_ITERATIONS
-    packed = batching.pack(problems, sampled=sampled)
+    packed = batching.pack(problems)
     check_finite(x)
-    stages = [_Stage(packed.batches, packed.ids, tolerance, max_iterations)]
-    if packed.samples:
-        sample = packed.samples, packed.sample_ids, SAMPLE_GAP, SAMPLE_ITERATIONS
-        stages.insert(0, _Stage(*sample))
+    sampled = start is None and max_iterations > 2 * SAMPLE_ITERATIONS
+    limits = (SAMPLE_GAP, tolerance), (SAMPLE_ITERATIONS, max_iterations)
+    units = [
+        _unit(batch, ids, penalties, sampled, limits)
+        for batch, ids in zip(packed.batches, packed.ids)
+    ]
     if mesh is None:
-        fits = _solved_here(itertools.chain([first], spaces), stages, starts, penalties)
+        fits = _solved_here(itertools.chain([first], spaces), units, starts)
     else:
-        line = meshes.line(mesh)
-        fits = _dealt(x, stages, pairs, used, starts, penalties, line)
-    return _stacked(fits) if x.ndim == 3 else fits[0]
+        fits = _dealt(x, units, pairs, used, starts, meshes.line(mesh))
+    places = _places(packed)
+    found = [_finished(parts, places, rotation) for parts, rotation in fits]
+    return _stacked(found) if x.ndim == 3 else found[0]
 
 
-class _Stage(NamedTuple):
-    """Batches that are solved to one tolerance: of a sample, then of all rows."""
+def _places(packed: batching.Packed) -> np.ndarray:
+    """Where each problem stands among the batches' results, one after another."""
+    size = len(packed.batches[0].owner)
+    at = [i * size + np.arange(len(ids)) for i, ids in enumerate(packed.ids)]
+    return np.concatenate(at)[np.argsort(np.concatenate(packed.ids))]
 
-    batches: list[batching.Batch]
-    ids: list[np.ndarray]
-    tolerance: float
-    max_iterations: int
+
+class _Unit(NamedTuple):
+    """What a device needs to solve one batch, but where its problems begin."""
+
+    batch: batching.Batch
+    ids: np.ndarray  # of the problems; repeated where the batch holds fewer
+    penalties: np.ndarray
+    stages: lockstep.Stage
+
+
+def _unit(batch, ids: np.ndarray, penalties, sampled: bool, limits) -> _Unit:
+    """Solves what has a sample on that first, then all on all rows."""
+    own = np.resize(ids, len(batch.owner))
+    real = np.arange(len(own)) < len(ids)
+    stages = lockstep.Stage(
+        np.stack([real & batch.sampled & sampled, real]),
+        np.stack([batch.sample, batch.used.astype(np.float32)]),
+        np.asarray(limits[0], penalties.dtype),
+        np.asarray(limits[1], np.int32),
+    )
+    return _Unit(batch, own, penalties[own], stages)
 
 
 class _Space(NamedTuple):
@@ -156,45 +178,28 @@ def _space(x: Array, layer: int, used: np.ndarray | None, pairs, dtype) -> _Spac
 
 
 def _solved_here(
-    spaces: Iterable[_Space],
-    stages: list[_Stage],
-    starts: list[Start],
-    penalties: np.ndarray,
-) -> list[LogisticFit]:
-    """The fit of each layer."""
-    fits, rows = [], None
+    spaces: Iterable[_Space], units: list[_Unit], starts: list[Start]
+) -> Iterator[tuple[list[LogisticFit], Array | None]]:
+    """Of each layer the fits of all units, and the rotation that they are in."""
+    rows = None
     for (features, offset, rotation, basis), begin in zip(spaces, starts):
         if rotation is not None:
             begin = _rotated(begin, rotation.T)
-        for stage in stages:
-            parts, before = [], None
-            for batch, ids in zip(stage.batches, stage.ids):
-                own, real = _padded(ids, len(batch.owner))
-                if before is None or not batching.same_rows(batch, before):
-                    rows = passes.gather(
-                        None if rows is None else rows.values,
-                        features,
-                        batch.rows + offset,
-                        batch.centre + offset,
-                        batch.group,
-                        dtype=penalties.dtype,
-                    )
-                part = lockstep.solve(
-                    *(rows, batch, basis, penalties[own], real, _taken(begin, own)),
-                    *(stage.tolerance, stage.max_iterations),
+        parts, before = [], None
+        for batch, ids, penalties, stages in units:
+            if before is None or not batching.same_rows(batch, before):
+                rows = passes.gather(
+                    None if rows is None else rows.values,
+                    features,
+                    batch.rows + offset,
+                    batch.centre + offset,
+                    batch.group,
+                    dtype=penalties.dtype,
                 )
-                parts.append(part)
-                before = batch
-            fit = _in_order(parts, _places(stage))
-            if stage is not stages[-1]:
-                begin = _moved(begin, fit, np.sort(np.concatenate(stage.ids)))
-        fits.append(_finished(fit, rotation))
-    return fits
-
-
-def _padded(ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Problems of a batch of that size, repeated to fill it, and which are real."""
-    return np.resize(ids, size), np.arange(size) < len(ids)
+            own = _taken(begin, ids)
+            parts.append(lockstep.solve(rows, batch, basis, penalties, own, stages))
+            before = batch
+        yield parts, rotation
 
 
 def _concrete(x: ArrayLike) -> np.ndarray:
@@ -203,21 +208,6 @@ def _concrete(x: ArrayLike) -> np.ndarray:
     held = meshes.on_host(x)
     dtype = jax.dtypes.canonicalize_dtype(held.dtype)
     return held if held.dtype == dtype else held.astype(dtype)
-
-
-class _Unit(NamedTuple):
-    """What a device needs to solve one batch on one layer."""
-
-    batch: batching.Batch
-    penalties: np.ndarray
-    real: np.ndarray
-    begin: Start
-
-
-def _unit(stage: _Stage, i: int, penalties: np.ndarray, begin: Start) -> _Unit:
-    own, real = _padded(stage.ids[i], len(stage.batches[i].owner))
-    begin = jax.tree.map(lambda part: np.asarray(part)[own], begin)
-    return _Unit(stage.batches[i], penalties[own], real, begin)
 
 
 class _Lines(NamedTuple):
@@ -231,61 +221,48 @@ class _Lines(NamedTuple):
 
 
 def _dealt(
-    x, stages: list[_Stage], pairs, used, starts: list[Start], penalties, mesh
-) -> list[LogisticFit]:
-    """The fit of each layer, by devices that solve a batch each at a time."""
+    x, units: list[_Unit], pairs, used, starts: list[Start], mesh
+) -> Iterator[tuple[list[LogisticFit], None]]:
+    """Of each layer the fits of all units: in each round a device solves one."""
     layers = x[None] if x.ndim == 2 else x
-    for stage in stages:
-        parts = _dealt_stage(layers, stage, pairs, used, starts, penalties, mesh)
-        fits = [_in_order(own, _places(stage)) for own in parts]
-        if stage is not stages[-1]:
-            ids = np.sort(np.concatenate(stage.ids))
-            starts = [_moved(*own, ids) for own in zip(starts, fits)]
-    return [_finished(fit, None) for fit in fits]
-
-
-def _dealt_stage(
-    layers, stage: _Stage, pairs, used, starts, penalties, mesh
-) -> list[list[LogisticFit]]:
-    """The fits of every batch, layer by layer; in each round a device solves one."""
-    whole = [(a, i) for a in range(len(layers)) for i in range(len(stage.batches))]
-    fits: list[list[LogisticFit]] = [[] for _ in layers]
+    whole = [(a, unit) for a in range(len(layers)) for unit in units]
+    parts: list[list[LogisticFit]] = [[] for _ in layers]
     before, features = None, None
-    for start in range(0, len(whole), mesh.size):
-        units = whole[start : start + mesh.size]
-        # A device without a batch has one of which no problem is real.
-        idle = mesh.size - len(units)
-        made = [_unit(stage, i, penalties, starts[layer]) for layer, i in units]
-        made += [made[-1]._replace(real=made[-1].real & False)] * idle
-        chosen = [layer for layer, _ in units] + [units[-1][0]] * idle
-        if before != chosen:
-            features = meshes.deal([_Lines(layers[a], used) for a in chosen], mesh)
-        before = chosen
-        limits = pairs, stage.tolerance, stage.max_iterations
+    for first in range(0, len(whole), mesh.size):
+        chosen = whole[first : first + mesh.size]
+        # A device without a unit has one of which no problem is active.
+        layer, unit = chosen[-1]
+        idle = unit.stages._replace(active=unit.stages.active & False)
+        full = [*chosen, *[(layer, unit._replace(stages=idle))] * mesh.size]
+        full = full[: mesh.size]
+        held = [layer for layer, _ in full]
+        if before != held:
+            features = meshes.deal([_Lines(layers[a], used) for a in held], mesh)
+        before = held
+        begins = [_taken(starts[layer], unit.ids) for layer, unit in full]
+        dealt = [(unit, begin) for (_, unit), begin in zip(full, begins)]
         with meshes.entered(mesh):
             found = _solved_on_each(
                 features,
-                jax.tree.map(lambda *parts: meshes.deal(parts, mesh), *made),
-                *meshes.copy(limits, mesh),
+                jax.tree.map(lambda *parts: meshes.deal(parts, mesh), *dealt),
+                meshes.copy(pairs, mesh),
                 mesh=mesh,
                 row_space=used is not None,
             )
         found = jax.tree.map(np.asarray, found)
-        for device, (layer, _) in enumerate(units):
-            fits[layer].append(jax.tree.map(lambda a, d=device: a[d], found))
-    return fits
+        for device, (layer, _) in enumerate(chosen):
+            parts[layer].append(jax.tree.map(lambda a, d=device: a[d], found))
+    yield from ((own, None) for own in parts)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "row_space"))
-def _solved_on_each(
-    features, units, pairs, tolerance, max_iterations, *, mesh, row_space
-) -> LogisticFit:
+def _solved_on_each(features, units, pairs, *, mesh, row_space) -> LogisticFit:
     """`[device, ...]`: the fit of each device's unit."""
 
-    def one(features, unit, pairs, tolerance, max_iterations):
-        features, unit = jax.tree.map(lambda a: a[0], (features, unit))
+    def one(features, unit, pairs):
+        features, (unit, begin) = jax.tree.map(lambda a: a[0], (features, unit))
         dtype = jnp.promote_types(features.dtype, jnp.float32)
-        batch, begin, rotation = unit.batch, unit.begin, None
+        batch, rotation = unit.batch, None
         if row_space:
             features, rotation = _row_space(features.astype(dtype))
             begin = _rotated(begin, rotation.T)
@@ -295,49 +272,19 @@ def _solved_on_each(
             ),
             batch,
             lockstep.covariance_basis(features, pairs, dtype),
-            *(unit.penalties, unit.real, begin, tolerance, max_iterations),
+            *(unit.penalties, begin, unit.stages),
         )
         fit = fit if rotation is None else _rotated(fit, rotation)
         return jax.tree.map(lambda a: a[None], fit)
 
-    everywhere = meshes.EVERYWHERE
-    inputs = (meshes.ROWS, meshes.ROWS, everywhere, everywhere, everywhere)
-    found = meshes.on_each(one, mesh, inputs, check_vma=False)(
-        features, units, pairs, tolerance, max_iterations
-    )
+    inputs = meshes.ROWS, meshes.ROWS, meshes.EVERYWHERE
+    found = meshes.on_each(one, mesh, inputs, check_vma=False)(features, units, pairs)
     return meshes.everywhere(found, mesh)
-
-
-def _places(stage: _Stage) -> np.ndarray:
-    """Where each problem stands among the batches' results, one after another."""
-    size = len(stage.batches[0].owner)
-    at = [i * size + np.arange(len(ids)) for i, ids in enumerate(stage.ids)]
-    return np.concatenate(at)[np.argsort(np.concatenate(stage.ids))]
-
-
-@jax.jit
-def _in_order(parts: list[LogisticFit], places) -> LogisticFit:
-    return jax.tree.map(lambda *a: jnp.concatenate(a)[places], *parts)
 
 
 @jax.jit
 def _taken(begin: Start, own) -> Start:
     return jax.tree.map(lambda a: a[own], begin)
-
-
-@jax.jit
-def _moved(begin: Start, fit: LogisticFit, ids) -> Start:
-    """Begins problems `ids` where a sample left them, if it was solved."""
-
-    def one(at, new):
-        solved = fit.converged.reshape(-1, *[1] * (new.ndim - 1))
-        return at.at[ids].set(jnp.where(solved, new, at[ids]))
-
-    return Start(
-        one(begin.weights, fit.weights),
-        one(begin.intercepts, fit.intercepts),
-        begin.iterations.at[ids].set(fit.iterations),
-    )
 
 
 def _rotated(fit, rotation):
@@ -346,8 +293,9 @@ def _rotated(fit, rotation):
 
 
 @jax.jit
-def _finished(fit: LogisticFit, rotation) -> LogisticFit:
-    """In the features given, and without the axis of outputs where that is one."""
+def _finished(parts: list[LogisticFit], places, rotation) -> LogisticFit:
+    """The parts in the problems' order, in the features given, one output squeezed."""
+    fit = jax.tree.map(lambda *a: jnp.concatenate(a)[places], *parts)
     if rotation is not None:
         fit = _rotated(fit, rotation)
     if fit.weights.shape[1] == 1:

@@ -218,37 +218,40 @@ def test_fewer_rows_than_features_and_layers(rng):
     np.testing.assert_array_equal(single.weights, fit.weights[0])
 
 
-def begun_on_all_rows(x, problems, monkeypatch):
-    """Where the problems begin, in their order, on the only batch of all rows."""
-    solve, begun = lockstep.solve, []
+def found_on_a_sample(x, problems, monkeypatch):
+    """The fit that the first stage leaves of the only batch, in the problems' order."""
+    solve, found = lockstep.solve, []
 
     def watched(*args):
-        if (args[1].share == 1).all():
-            begun.append(args[5])
+        *others, stages = args
+        found.append(solve(*others, jax.tree.map(lambda a: a[:1], stages)))
         return solve(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(lockstep, "solve", watched)
         kernels.fit_logistic(x, problems)
-    (begin,) = begun
-    return begin
+    (fit,) = found
+    return fit
 
 
 def test_large_tiles_are_sampled_first_and_solved_whole(rng, monkeypatch):
     monkeypatch.setattr(batching, "BLOCK_ROWS", 64)
     x, labels = clusters(rng, 1500, 9, 3, spread=2.0)
     problems = kernels.leave_folds_out(kernels.one_vs_rest(labels), np.arange(1500) % 5)
-    packed = batching.pack(problems, sampled=True)
-    (sample,), rows = packed.samples, np.concatenate([b.rows for b in packed.batches])
-    assert sample.used.sum() < sum(b.used.sum() for b in packed.batches) / 4
-    assert (sample.share[sample.used] > 4).all() and np.isin(sample.rows, rows).all()
-    assert sample.rows.shape == packed.batches[0].rows.shape
+    (batch,) = batching.pack(problems).batches
+    inside = batch.sample > 0
+    assert batch.sampled.all() and inside.sum() < batch.used.sum() / 4
+    # The rows of each tile's sample stand for all of its rows.
+    stand_for = (batch.labels >= 0).any(axis=1).sum(axis=1) * batch.sample
+    for tile, whole in enumerate(problems.tiles):
+        own = stand_for[inside & (batch.tile == tile)]
+        np.testing.assert_allclose(own.sum(), len(whole.rows), rtol=1e-6)
     fit = kernels.fit_logistic(x, problems)
     excess, apart, _ = compare(x, problems, 1.0, fit)
     assert excess.max() <= 1e-6 and apart.max() <= 1e-3
     warm = kernels.fit_logistic(x, problems, start=(fit.weights, fit.intercepts))
     assert np.asarray(warm.iterations).max() <= 2
-    begin = begun_on_all_rows(x, problems, monkeypatch)
+    begin = found_on_a_sample(x, problems, monkeypatch)
     for p, (rows, own, _) in enumerate(columns(problems)):
         at = begin.weights[p, 0], begin.intercepts[p, 0]
         reached = oracles.logistic_objective(x[rows], own, *at, l2=1.0)
@@ -312,13 +315,15 @@ def test_no_rows_by_problems_array(rng):
         lambda x: lockstep.covariance_basis(x, pairs, dtype), spec((n, d))
     )
     begin = lockstep.Start(spec((p, 1, d)), spec((p, 1)), np.zeros(p, np.int32))
-    lowered = lockstep.solve.lower(
-        rows, batch, basis, spec((p,)), np.ones(p, bool), begin, 1e-6, 500
+    stages = lockstep.Stage(
+        np.ones((2, p), bool), spec((2, len(batch.rows))), spec((2,)), np.full(2, 500)
     )
+    lowered = lockstep.solve.lower(rows, batch, basis, spec((p,)), begin, stages)
     memory = lowered.compile().memory_analysis()
     # Margins and steps, what they become and the zeros they start from: arrays of
-    # rows x the columns of one batch, a third of the problems here.
-    assert memory.temp_size_in_bytes < 7 * n * batch.labels.shape[1] * 4
+    # rows x the columns of one batch, a third of the problems here. And its labels,
+    # of one byte.
+    assert memory.temp_size_in_bytes < 7.25 * n * batch.labels.shape[1] * 4
 
 
 def test_batches_are_not_larger_than_the_features(rng):
@@ -332,7 +337,7 @@ def test_batches_are_not_larger_than_the_features(rng):
         ),
         kernels.one_vs_rest(np.arange(5000) % 256),
     ):
-        rows = batching.pack(problems, sampled=True).batches[0].rows
+        rows = batching.pack(problems).batches[0].rows
         assert rows.size <= 1.2 * 5000
     pairs = batching.pack(kernels.one_vs_one(np.arange(2000) % 100))
     assert pairs.batches[0].labels.shape[1] <= batching.COLUMNS
