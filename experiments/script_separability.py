@@ -178,14 +178,16 @@ def _report(workdir, records, counts, paper, model) -> None:
         headers.append("paper")
         cells = [[*row, value] for row, value in zip(cells, published)]
     print(tables.format_table(headers, cells))
-    means = np.array([record["mean"] for record in records])
-    half = np.array([record["high"] - record["mean"] for record in records])
+    ends = [[record[key] for record in records] for key in ("low", "mean", "high")]
+    means, errors = np.array(ends[1]), np.diff(ends, axis=0)  # below and above
+    if paper:
+        errors = np.stack([errors, np.full_like(errors, np.nan)], axis=1)
     plots.save_bars(
         workdir / "separability.png",
         names,
         np.stack([means, published]) if paper else means,
         series=[str(model), "the paper"] if paper else (),
-        errors=np.stack([half, np.full(len(names), np.nan)]) if paper else half,
+        errors=errors,
         title="One category against all others",
         value_label="accuracy, ten folds (chance 0.5)",
         value_format="{:.3f}",
