@@ -63,8 +63,9 @@ def split(rows: pairs.Rows, metric: pairs.Metric) -> tuple[Factors, Lengths]:
         second = jnp.zeros((len(values), 1))
     lost = numerics.row_norms(missing)
     # Computing it rounds too: three times, each at most a unit of the row. And of an
-    # entry, what is below 2**-126 may count as zero in its part and in what is missing.
-    lost += 3 * pairs.UNIT_ROUNDOFF * length + values.shape[1] ** 0.5 * 2.0**-125
+    # entry, what is below 2**-126 may count as zero in its part, which is scaled by up
+    # to two, and in what is missing.
+    lost += 3 * pairs.UNIT_ROUNDOFF * length + values.shape[1] ** 0.5 * 2.0**-124
     lengths = Lengths(length, numerics.row_norms(second), lost)
     narrow = tuple(part.astype(jnp.bfloat16) for part in parts)
     return Factors(narrow, scale, squares), lengths

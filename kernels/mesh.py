@@ -182,7 +182,11 @@ def varying(tree: Any) -> Any:
 
 
 def ring(
-    visit: Callable[[Any, Any, Int[Array, ""]], Any], carry: Any, block: Any, size: int
+    visit: Callable[[Any, Any, Int[Array, ""]], Any],
+    carry: Any,
+    block: Any,
+    size: int,
+    passed: Callable[[Any, int], Any] = passed,
 ) -> Any:
     """`carry` after every device's block has been here: `visit(carry, block, origin)`.
 

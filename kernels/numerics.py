@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def matmul_f32(a: Float[Array, "... n d"], b: Float[Array, "... d m"]) -> Array:
@@ -32,24 +32,49 @@ def scores_f32(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Array:
 def row_norms(x: Float[Array, "n d"]) -> Float[Array, " n"]:
     """Euclidean length of each row, in float32; safe from overflow and underflow.
 
-    Rows are scaled by their largest entry first, so that norms up to the float32
-    range come out right.
+    Rows are brought near one first, so that norms up to the float32 range come out
+    right.
     """
     x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=1, initial=0.0)
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    return scale * jnp.sqrt(jnp.sum(jnp.square(x / scale[:, None]), axis=1))
+    exponent = _exponent(x)
+    near_one = x * power_of_two(-exponent)[:, None]
+    return power_of_two(exponent) * jnp.sqrt(jnp.sum(jnp.square(near_one), axis=1))
 
 
 def unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
     """Rows scaled to length one, in float32. A zero row stays zero."""
+    return unit_and_divisor(x)[0]
+
+
+def unit_and_divisor(
+    x: Float[Array, "n d"],
+) -> tuple[Float[Array, "n d"], Float[Array, " n"]]:
+    """`unit(x)`, and what each of its rows was divided by last.
+
+    A row of the result times its divisor is the row of `x` times a power of two, but
+    for the rounding of the division. Divisors are between 2**-24 and 4 sqrt(d).
+    """
     x = x.astype(jnp.float32)
-    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=1, initial=0.0))
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    x = x / scale[:, None]
+    x = x * power_of_two(-_exponent(x))[:, None]
     squares = jnp.sum(jnp.square(x), axis=1)
     # The root is taken of positive numbers only, so that a zero row has a gradient.
-    return x / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))[:, None]
+    divisor = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
+    return x / divisor[:, None], divisor
+
+
+def power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
+    """2**exponent, exactly, for exponents from -126 to 127."""
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def _exponent(x: Float[Array, "n d"]) -> Int[Array, " n"]:
+    """That of each row's largest entry, as far as its inverse is no subnormal.
+
+    A division by the entry itself would not do: compilers multiply by the inverse.
+    """
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=1, initial=0.0))
+    largest = jnp.where(jnp.isfinite(largest), largest, 1.0)
+    return jnp.clip(jnp.frexp(largest)[1].astype(jnp.int32), -126, 126)
 
 
 def widened(x: ArrayLike) -> Array:

@@ -91,9 +91,9 @@ def at_scale(
     x, finite = _finite(x)
     if metric == "cosine":
         valid = finite & (x != 0).any(axis=1)
-        significand = _significand(numerics.row_norms(x)) if short else None
+        values, divisor = numerics.unit_and_divisor(x)
         zeros = jnp.zeros(len(x), jnp.int32)
-        return Rows(numerics.unit(x), valid, zeros, significand)
+        return Rows(values, valid, zeros, lax.stop_gradient(divisor) if short else None)
     own = _exponent(x, axis=1) if exponent is None else exponent
     exponents = jnp.zeros(len(x), jnp.int32) + own
     values = times_power_of_two(x, -exponents[:, None])
@@ -112,15 +112,6 @@ def pair_closeness(
         differences = queries[:, None] - keys
         return -_row_products(differences, differences)
     return _row_products(queries, keys)
-
-
-def every_closeness(
-    queries: Float[Array, "r d"], keys: Float[Array, "t d"], metric: Metric
-) -> Float[Array, "r t"]:
-    """`pair_closeness` of every query with every key: slow, but no product's error."""
-    if metric == "l2":
-        return -jnp.sum(jnp.square(queries[:, None] - keys), axis=-1)
-    return jnp.sum(queries[:, None] * keys, axis=-1)
 
 
 def score(
@@ -144,8 +135,7 @@ def times_power_of_two(
         # overflows.
         step = jnp.clip(exponent, -126, 127)
         exponent = exponent - step
-        power = lax.bitcast_convert_type((step + 127) << 23, jnp.float32)
-        x = x * power
+        x = x * numerics.power_of_two(step)
     return x
 
 
@@ -163,13 +153,6 @@ def _exponent(x: Float[Array, "n d"], axis: int | None) -> Int[Array, "..."]:
     """Smallest e with all `|x| < 2**e`; 0 for zeros."""
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, initial=0.0))
     return jnp.frexp(largest)[1].astype(jnp.int32)
-
-
-def _significand(length: Float[Array, " n"]) -> Float[Array, " n"]:
-    """That of each number; 1 where there is none."""
-    length = lax.stop_gradient(length)
-    regular = (length > 0) & jnp.isfinite(length)
-    return jnp.where(regular, jnp.frexp(jnp.where(regular, length, 1))[0], 1)
 
 
 def _finite(x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Bool[Array, " n"]]:

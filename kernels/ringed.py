@@ -64,12 +64,13 @@ def nearest(
     def search(rows, others):
         part = others.valid.shape[0]
 
+        rows, others = _canonical(rows), _canonical(others)
+
         def visit(best, block, origin):
-            block = _wide(block)
             found = topk.search(rows, block, k=k, metric=metric, floor=_floor(best))
             return _merged(best, _scored(found, rows, block, origin * part, metric))
 
-        return meshes.ring(visit, _none(rows, k), _narrow(others), size)
+        return meshes.ring(visit, _none(rows, k), others, size, passed=_passed)
 
     found = meshes.on_each(search, mesh, meshes.ROWS)(rows, others)
     exponent = rows.exponent + others.exponent[:1]
@@ -110,9 +111,7 @@ class _Visitor(NamedTuple):
 def _all_pairs(rows, *, size, k, metric, include_self):
     part = rows.valid.shape[0]
     me = meshes.here()
-    # As others see them: the two ends of a pair score it alike, to the last bit.
-    narrow = _narrow(rows)
-    rows = _wide(narrow)
+    rows = _canonical(rows)
     found = topk.search_own(rows, k=k, metric=metric, include_self=include_self)
     best = _scored(found, rows, rows, me * part, metric)
     if size == 1:
@@ -122,7 +121,7 @@ def _all_pairs(rows, *, size, k, metric, include_self):
         return topk.search_both(a, b, k=k, metric=metric, floors=floors)
 
     def both(best, visitor, travelling, origin):
-        block = _wide(visitor.rows)
+        block = visitor.rows
         floors = _floor(best), jnp.maximum(visitor.floor, _floor(travelling))
         of_rows, of_block = meet(rows, block, floors)
         here = _scored(of_rows, rows, block, origin * part, metric)
@@ -131,11 +130,15 @@ def _all_pairs(rows, *, size, k, metric, include_self):
 
     def step(s, state):
         best, visitor, travelling = state
-        coming = meshes.passed(visitor, size)
+        coming = pass_on(visitor)
         best, travelling = both(best, visitor, travelling, (me + s) % size)
         return best, coming, meshes.passed(travelling, size)
 
-    visitor = meshes.passed(_Visitor(narrow, _floor(best)), size)
+    def pass_on(visitor):
+        floor = meshes.passed(visitor.floor, size)
+        return _Visitor(_passed(visitor.rows, size), floor)
+
+    visitor = pass_on(_Visitor(rows, _floor(best)))
     last = size // 2
     state = best, visitor, meshes.varying(_none(rows, k))
     if last > 1:
@@ -149,7 +152,7 @@ def _all_pairs(rows, *, size, k, metric, include_self):
         # half of the upper one on the lower one, the second on the upper one.
         half = part // 2
         lower = me < last
-        block = _wide(visitor.rows)
+        block = visitor.rows
 
         def chosen(yes, no):
             return jax.tree.map(lambda a, b: jnp.where(lower, a, b), yes, no)
@@ -173,20 +176,37 @@ def _all_pairs(rows, *, size, k, metric, include_self):
     return _merged(best, meshes.passed(travelling, size, -last))
 
 
-def _narrow(rows: pairs.Rows) -> pairs.Rows:
-    """Rows as they travel: those that were given in bfloat16 in as few bits."""
+def _canonical(rows: pairs.Rows) -> pairs.Rows:
+    """Rows as they are after a journey: the two ends of a pair score it alike."""
     if rows.significand is None:
         return rows
-    short = rows.values * rows.significand[:, None]
-    return rows._replace(values=short.astype(jnp.bfloat16))
+    divisor = rows.significand[:, None]
+    # Compilers may drop a conversion there and back; they may not drop this.
+    near = lax.reduce_precision(rows.values * divisor, 8, 7) / divisor
+    there = lax.stop_gradient(near - rows.values)  # exact, as they are so close
+    return rows._replace(values=rows.values + there)
 
 
-def _wide(rows: pairs.Rows) -> pairs.Rows:
+def _passed(rows: pairs.Rows, size: int) -> pairs.Rows:
+    """`mesh.passed`; rows that were given in bfloat16 travel in as few bits."""
     if rows.significand is None:
-        return rows
-    # A barrier, or compilers drop the conversion there and back.
-    values = lax.optimization_barrier(rows.values).astype(jnp.float32)
-    return rows._replace(values=values / rows.significand[:, None])
+        return meshes.passed(rows, size)
+    values, significand = _sent(rows.values, rows.significand, size)
+    valid, exponent = meshes.passed((rows.valid, rows.exponent), size)
+    return pairs.Rows(values, valid, exponent, significand)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _sent(values, significand, size):
+    short = (values * significand[:, None]).astype(jnp.bfloat16)
+    short, significand = meshes.passed((short, significand), size)
+    return short.astype(jnp.float32) / significand[:, None], significand
+
+
+@_sent.defjvp
+def _sent_jvp(size, primals, tangents):
+    # Derivatives travel in float32.
+    return _sent(*primals, size), meshes.passed(tuple(tangents), size)
 
 
 def _floor(best: Best) -> Float[Array, " n"]:

@@ -62,7 +62,8 @@ class Found(NamedTuple):
     Attributes:
       indices: int32; -1 beyond the last valid key, and in place of keys that do not
         reach the row's floor.
-      closeness: their pair scores, without gradients (`scored` adds them).
+      closeness: their pair scores, without gradients (`scored` adds them); minus
+        infinity where there is no index.
       unproved: rows that were scored against every key.
     """
 
@@ -95,7 +96,7 @@ def search(
         return lax.scan(step, nothing, others.tiles)[0]
 
     kept = lax.map(block, mine.tiles)
-    return _certified(mine, others, None, floor, kept, k, metric)
+    return _certified(mine, others, kept, k, metric, floor=floor)
 
 
 def search_both(
@@ -130,7 +131,7 @@ def search_both(
     found = []
     for me, kept in enumerate((of_rows, of_keys)):
         both = sides[me], sides[1 - me]
-        found.append(_certified(*both, None, floors[me], kept, k, metric))
+        found.append(_certified(*both, kept, k, metric, floor=floors[me]))
     return found[0], found[1]
 
 
@@ -167,10 +168,9 @@ def search_own(
     kept = lax.map(diagonal, tiles)
     if count > 1:
         kept, _ = lax.scan(off_diagonal, kept, np.triu_indices(count, 1))
-    excluded = None
-    if not include_self:
-        excluded = jnp.arange(len(rows.valid), dtype=jnp.int32)
-    return _certified(side, side, excluded, None, kept, k, metric)
+    ids = jnp.arange(len(rows.valid), dtype=jnp.int32)
+    excluded = None if include_self else ids
+    return _certified(side, side, kept, k, metric, excluded=excluded)
 
 
 def scored(
@@ -202,7 +202,9 @@ def _scored_jvp(metric, primals, tangents):
         blocks = _blocks((queries, jnp.maximum(indices, 0)), size)
         return lax.map(block, blocks).reshape(-1, k)[:n]
 
-    return closeness, jax.jvp(scores, (queries, keys), tangents[:2])[1]
+    again, moved = jax.jvp(scores, (queries, keys), tangents[:2])
+    # What is returned has derivatives too, for those that are taken twice.
+    return closeness + (again - lax.stop_gradient(again)), moved
 
 
 class _Tile(NamedTuple):
@@ -305,11 +307,12 @@ def _largest(scores: Array, count: int) -> tuple[Array, Array]:
 def _certified(
     mine: _Side,
     others: _Side,
-    excluded: Int[Array, " n"] | None,
-    floor: Float[Array, " n"] | None,
     kept: _Candidates,
     k: int,
     metric: pairs.Metric,
+    *,
+    excluded: Int[Array, " n"] | None = None,
+    floor: Float[Array, " n"] | None = None,
 ) -> Found:
     """The k best of the candidates; key `excluded[i]` is none of row i's."""
     n, columns = mine.rows.values.shape
@@ -350,8 +353,8 @@ def _certified_block(
     cost, ids = _rescue(
         values, excluded, unproved, (cost, ids), key_values, tiles, metric
     )
-    ids = jnp.where((ids < m) & needed[:, None], ids, -1)
-    return Found(ids, -cost, unproved)
+    there = (ids < m) & needed[:, None]
+    return Found(jnp.where(there, ids, -1), jnp.where(there, -cost, -jnp.inf), unproved)
 
 
 def _first_scored(
@@ -371,6 +374,7 @@ def _first_scored(
 
     def some(xs):
         values, ids = xs
+        ids = ids + m  # so that what fills blocks up counts as m
         most = jnp.max(jnp.sum(ids < m, axis=1))
 
         def step(state):
@@ -383,7 +387,7 @@ def _first_scored(
         nothing = jnp.where(ids < m, jnp.float32(-jnp.inf), -jnp.inf)
         return lax.while_loop(lambda state: state[0] < most, step, (0, nothing))[1]
 
-    scores = lax.map(some, _blocks((values, ids), size))
+    scores = lax.map(some, _blocks((values, ids - m), size))
     scores = scores.reshape(-1, ids.shape[1])[:r, :width]
     return jnp.where(ids[:, :width] < m, scores, -jnp.inf)
 
@@ -397,38 +401,42 @@ def _rescue(values, excluded, unproved, best, key_values, tiles, metric):
         cost, ids, left = state
         chosen = jnp.nonzero(left, size=count, fill_value=r)[0]
         safe = jnp.minimum(chosen, r - 1)
-        rows = values[safe]
-        exact = _exhaustive(rows, excluded[safe], key_values, tiles, k, metric)
-        # Every score is the sum that `_first_scored` makes.
-        scores = _first_scored(rows, key_values, exact, metric)
+        exact = _exhaustive(
+            values[safe], excluded[safe], key_values, tiles.valid, k, metric
+        )
         return (
-            cost.at[chosen].set(-scores, mode="drop"),
-            ids.at[chosen].set(exact, mode="drop"),
+            cost.at[chosen].set(exact[0], mode="drop"),
+            ids.at[chosen].set(exact[1], mode="drop"),
             left.at[chosen].set(False, mode="drop"),
         )
 
     return lax.while_loop(lambda state: state[2].any(), body, (*best, unproved))[:2]
 
 
-def _exhaustive(values, excluded, key_values, tiles, k, metric):
-    """The k best of every pair score; of equal ones the lower index."""
-    m, size = key_values.shape[0], tiles.valid.shape[1]
+def _exhaustive(values, excluded, key_values, valid, k, metric):
+    """The k best of every pair score, as costs and ids; of equal ones the lower id."""
+    (r, d), m = values.shape, key_values.shape[0]
+    size = max(1, min(m, _sizes().gathered // max(1, r * d)))
+    valid = valid.reshape(-1)[:m]
 
-    def step(best, tile):
-        valid, first = tile
-        ids = first + jnp.arange(size, dtype=jnp.int32)
-        keys = key_values[jnp.minimum(ids, m - 1)]
-        exact = pairs.every_closeness(values, keys, metric)
+    def step(best, xs):
+        valid, number = xs
+        ids = number * size + jnp.arange(size, dtype=jnp.int32)
+        # Gathered as candidates are, so that their scores are the same sums.
+        theirs = jnp.broadcast_to(jnp.minimum(ids, m - 1), (r, size))
+        exact = pairs.pair_closeness(values, key_values[theirs], metric)
         allowed = valid[None, :] & (ids[None, :] != excluded[:, None])
         new = jnp.where(allowed, -exact, jnp.inf), jnp.where(allowed, ids[None, :], m)
         joined = [jnp.concatenate(pair, axis=1) for pair in zip(best, new)]
         return tuple(x[:, :k] for x in lax.sort(joined, dimension=1, num_keys=2)), None
 
     # Computed from the data, as in `_nothing`.
-    worst = jnp.where((values[:, :1] > 0) & tiles.valid.any(), jnp.inf, jnp.inf)
-    worst = jnp.broadcast_to(worst, (len(values), k))
-    best = worst, jnp.where(worst > 0, m, 0)
-    return lax.scan(step, best, (tiles.valid, tiles.first))[0][1]
+    worst = jnp.where((values[:, :1] > 0) & valid.any(), jnp.float32(jnp.inf), jnp.inf)
+    worst = jnp.broadcast_to(worst, (r, k))
+    best = worst, jnp.where(worst > 0, jnp.int32(m), 0)
+    blocks = _blocks(valid, size)
+    numbers = jnp.arange(len(blocks), dtype=jnp.int32)
+    return lax.scan(step, best, (blocks, numbers))[0]
 
 
 def _blocks(tree: Any, size: int) -> Any:

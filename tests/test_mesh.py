@@ -146,6 +146,51 @@ def test_scores_have_gradients(rng):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("parts", [None, 3])
+def test_second_derivatives(rng, parts):
+    queries, keys = (rng.standard_normal((n, 4)).astype(np.float32) for n in (3, 14))
+    mesh = None if parts is None else devices(parts)
+
+    def found(queries):
+        knobs = {"k": 2, "metric": "dot", "implementation": "traced", "mesh": mesh}
+        return jnp.sum(kernels.nearest_neighbors(queries, keys, **knobs).scores ** 2)
+
+    def dense(queries):
+        return jnp.sum(jax.lax.top_k(queries @ keys.T, 2)[0] ** 2)
+
+    expected = jax.hessian(dense)(queries)
+    assert np.abs(expected).max() > 1
+    for second in (jax.hessian(found), jax.jacrev(jax.grad(found))):
+        np.testing.assert_allclose(second(queries), expected, atol=1e-4)
+
+
+def test_derivatives_of_bfloat16_rows_travel_in_float32(rng):
+    x = jnp.asarray(rng.standard_normal((40, 16)), jnp.bfloat16)
+    others = rng.standard_normal((24, 16)).astype(np.float32)
+
+    def total(x, mesh):
+        found = kernels.nearest_neighbors(others, x, k=9, metric="dot", mesh=mesh)
+        return jnp.sum(found.scores)
+
+    # Rows of float32 with the same values: their gradient is not rounded at the end.
+    expected = jax.grad(total)(x.astype(jnp.float32), None)
+    gradient = jax.grad(total)(x, devices(8))
+    # One rounding to bfloat16, that of the result; sums in it would have more.
+    gradient = np.asarray(gradient, np.float32)
+    np.testing.assert_allclose(gradient, expected, rtol=2.0**-8)
+
+
+@pytest.mark.parametrize("parts", [None, 4])
+def test_bfloat16_rows_whose_length_overflows(rng, parts):
+    x = np.clip(rng.standard_normal((60, 64)), -1.9, 1.9).astype(np.float32)
+    x = (x * np.float32(2.0) ** 126).astype(ml_dtypes.bfloat16)
+    mesh = None if parts is None else devices(parts)
+    find = functools.partial(kernels.all_pairs_neighbors, k=K, mesh=mesh)
+    found = jax.jit(functools.partial(find, implementation="traced"))(x)
+    scaled = x.astype(np.float64) / 2.0**126
+    assert_neighbors(found, scaled, scaled, "cosine", np.arange(60))
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_a_device_multiplies_and_sends_what_the_formula_says(rng, parts):
     n, d, k = 1024, 16, 5
