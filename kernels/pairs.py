@@ -107,6 +107,9 @@ def pair_closeness(
     """Closeness of each safe-scale query to keys of its own, summed in float32.
 
     cosine, dot: sum_i x_i y_i        l2: -sum_i (x_i - y_i)^2
+
+    A pair has the same sum, to the last bit, wherever it stands, if c is a multiple of
+    eight: XLA's CPU product adds up what is left over in another order.
     """
     if metric == "l2":
         differences = queries[:, None] - keys

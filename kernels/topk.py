@@ -29,7 +29,7 @@ _FREE_TIES = (
 )
 _GROUP = 32  # largest number of columns that share one maximum
 _RESCUED = 8  # unproved rows scored at a time
-_SCORED = 16  # candidates of each row scored at a time
+_SCORED = 16  # candidates of each row scored at a time, or a multiple of it
 
 
 class _Sizes(NamedTuple):
@@ -417,6 +417,7 @@ def _exhaustive(values, excluded, key_values, valid, k, metric):
     """The k best of every pair score, as costs and ids; of equal ones the lower id."""
     (r, d), m = values.shape, key_values.shape[0]
     size = max(1, min(m, _sizes().gathered // max(1, r * d)))
+    size = _rounded_up(size, _SCORED)
     valid = valid.reshape(-1)[:m]
 
     def step(best, xs):

@@ -146,6 +146,27 @@ def test_scores_have_gradients(rng):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("metric, near", [("cosine", 1e-4), ("dot", 1e-6)])
+def test_a_pair_has_one_sum_wherever_it_stands(rng, metric, near):
+    # So near to each other that no product tells them apart: rows are rescued, and
+    # scores tie or differ in the last bit. Copies are many, and on every device.
+    x = (1 + near * rng.standard_normal((203, 33))).astype(np.float32)
+    x[rng.integers(6, 203, size=60)] = x[5]
+    copies = np.flatnonzero((x == x[5]).all(axis=1))
+    one = kernels.all_pairs_neighbors(x, k=7, metric=metric, implementation="traced")
+    for parts in (1, 2, 3):
+        found, proof = kernels.all_pairs_neighbors(
+            x, k=7, metric=metric, mesh=devices(parts), with_proof=True
+        )
+        assert np.mean(proof.unproved) > 0.1
+        for row, line in enumerate(np.asarray(found.indices)):
+            own = line[np.isin(line, copies)]
+            np.testing.assert_array_equal(own, copies[copies != row][: len(own)])
+        if metric == "dot":  # lengths of cosine are summed otherwise in other parts
+            np.testing.assert_array_equal(found.indices, one.indices)
+            np.testing.assert_array_equal(found.scores, one.scores)
+
+
 @pytest.mark.parametrize("parts", [None, 3])
 def test_second_derivatives(rng, parts):
     queries, keys = (rng.standard_normal((n, 4)).astype(np.float32) for n in (3, 14))
