@@ -95,7 +95,9 @@ def main(argv: list[str]) -> None:
             found = labelled_text.states(
                 model, tokenizer, texts.texts, level="sentence"
             )
-        summary["transfer"] = _transfer(run.workdir, found, texts)
+        # Of labels that were probed, those that had enough rows.
+        names = summary["label"]["labels"] if _TEXTS.value else set(texts.labels)
+        summary["transfer"] = _transfer(run.workdir, found, texts, names)
     common.finish(run, summary)
     print(f"\nPictures, tables and summary.json are in {run.workdir}.")
 
@@ -223,16 +225,17 @@ def _probe(workdir, kind: str, vectors, labels, types) -> dict:
     }
 
 
-def _transfer(workdir, found: labelled_text.States, texts: labelled_text.Texts) -> dict:
+def _transfer(
+    workdir, found: labelled_text.States, texts: labelled_text.Texts, names
+) -> dict:
     """Trained on one language, tested on each: heat-map of the best layer."""
     labels = [texts.labels[i] for i in found.text]
-    counts = collections.Counter(labels)
-    least = _LEAST if _TEXTS.value else 0  # as the probes for the same labels
-    rows = [i for i, label in enumerate(labels) if counts[label] >= least]
+    rows = [i for i, label in enumerate(labels) if label in names]
+    vectors = found.vectors[:, rows]
     try:
         result, centred = (
             probes.transfer_by_layer(
-                found.vectors[:, rows],
+                vectors,
                 [texts.languages[found.text[i]] for i in rows],
                 [labels[i] for i in rows],
                 [texts.items[found.text[i]] for i in rows],
