@@ -238,13 +238,13 @@ def neighbors(n: int, d: int) -> None:
         return top_k(is_stable=False)
 
     def mosaic():
-        from . import mosaic_gpu
+        from . import mosaic_gpu, mosaic_product
 
         find = functools.partial(
             mosaic_gpu.all_pairs_neighbors,
             k=k,
             config=mosaic_gpu.TuningConfig(*map(int, _TILES.value)),
-            blocks=mosaic_gpu.check_device(),
+            blocks=mosaic_product.check_device(),
         )
         return lambda: jax.block_until_ready(find(x))
 
