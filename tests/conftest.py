@@ -106,3 +106,18 @@ def agree_in_gradients(agree):
             agree("gradient", ours[name] / scale, value / scale, atol)
 
     return check
+
+
+@pytest.fixture
+def interpreter():
+    """Settings that run a kernel for GPUs on a CPU; asserts that it had no race."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("the interpreter of this jax cannot multiply by a transposed array")
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    yield plgpu.InterpretGPUParams(detect_races=True)
+    races = interpret_pallas_call.get_races()
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    assert not races.races_found

@@ -27,6 +27,7 @@ PROGRAM = """
         (NEIGHBORS, 5),
         ([*NEIGHBORS, "--row_dtype=float32", "--contestants=product,flashlib"], 1),
         (["--case=lens", "--lens=2,8,16,96"], 1),
+        (["--case=lens", "--lens=2,8,16,96", "--contestants=torch"], 1),
         (["--case=probes", "--probes=3,20,8,2"], 1),
     ],
 )
@@ -56,6 +57,13 @@ def test_every_case_runs_and_leaves_its_goals(tmp_path, flags, goals):
         rows = 300 * 16 * (4 if "--row_dtype=float32" in flags else 2)
         held = rows + 300 * (5 * (4 + 4) + 1)
         assert found["MiB of our program: rows and results"] == round(held / 2**20, 1)
+    alone = "product" not in line["seconds"]
+    if flags[0] == "--case=lens":
+        assert ("peak MiB of jax" in found) == alone
+    if flags[0] != "--case=probes" and not any("contestants" in flag for flag in flags):
+        on_trial = "mosaic", "mosaic_symmetric"
+        for name in on_trial[: 1 if flags[0] == "--case=lens" else 2]:
+            assert found["left out"][name].startswith("ImportError: `wgmma`")
     named = [name for name in found if name.startswith("G")]
     # The stable order can be left aside since jax 0.11 only.
     assert len(named) - ("top_k_any_order" in line["seconds"]) == goals

@@ -31,7 +31,7 @@ from jaxling import kernels
 from jaxling.kernels import numerics, pairs, topk
 
 from . import mosaic_product
-from .mosaic_product import TuningConfig
+from .mosaic_product import DEFAULT, TuningConfig
 
 GROUPS = 8  # of a tile: as many columns as one block of the accumulator's layout
 KEPT = 2  # scores of a group whose columns are known
@@ -40,7 +40,6 @@ KEPT = 2  # scores of a group whose columns are known
 # padding or an invalid key.
 OFFSET, NOBODY = 1.25, 0.125
 
-DEFAULT = TuningConfig()
 # The tile that is turned round takes the room of one fetch.
 DEFAULT_SYMMETRIC = TuningConfig(steps=3)
 # Of the symmetric walk, which exists for these sizes alone: groups of a warpgroup's
@@ -130,7 +129,7 @@ def _kernel(walk, x, columns, maxima, thirds, *, config: TuningConfig, symmetric
         at = pl.ds(column * KEPT * GROUPS, KEPT * GROUPS)
         plgpu.copy_smem_to_gmem(kept.at[mine], maxima.at[tile.span, at])
         line = column * _PARTS if symmetric else column
-        _store(thirds.at[line, tile.span], jnp.max(third, axis=1))
+        mosaic_product.store(thirds.at[line, tile.span], jnp.max(third, axis=1))
         if symmetric:
 
             @pl.when(column > part // _PARTS)
@@ -140,8 +139,10 @@ def _kernel(walk, x, columns, maxima, thirds, *, config: TuningConfig, symmetric
                     span = pl.ds(column * tile_n + i * _TURNED, _TURNED)
                     for j, largest in enumerate((first, second)):
                         at = pl.ds((part * KEPT + j) * _BY_COLUMNS, _BY_COLUMNS)
-                        _store(maxima.at[span, at].transpose((1, 0)), largest)
-                    _store(thirds.at[part, span], jnp.max(third, axis=0))
+                        mosaic_product.store(
+                            maxima.at[span, at].transpose((1, 0)), largest
+                        )
+                    mosaic_product.store(thirds.at[part, span], jnp.max(third, axis=0))
 
     mosaic_product.visit_tiles(walk, x, x, epilogue, config=config, scratch=scratch)
 
@@ -193,14 +194,6 @@ def _by_columns(scores, per_row, turned):
                 line = lines[j : j + _BY_COLUMNS]
                 best = _inserted(best, line, member, rows // _BY_COLUMNS)
         yield best
-
-
-def _store(ref, value):
-    """Into device memory, also where threads do not write whole sectors of it."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:  # before jax 0.12 that is so anyway
-        ref[...] = value
 
 
 def members(

@@ -45,6 +45,9 @@ class TuningConfig(NamedTuple):
         return self.tile_m * WARPGROUPS
 
 
+DEFAULT = TuningConfig()
+
+
 class Tile(NamedTuple):
     """What one warpgroup has of a tile.
 
@@ -155,6 +158,14 @@ def visit_tiles(
         plgpu.wait_smem_to_gmem(0)
 
 
+def store(ref: Any, value: Any) -> None:
+    """Into device memory, also where threads do not write whole sectors of it."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:  # before jax 0.12 that is so anyway
+        ref[...] = value
+
+
 def call(
     kernel: Callable[..., None],
     arrays: tuple[Array, ...],
@@ -162,8 +173,12 @@ def call(
     *,
     blocks: int,
     interpret: Any,
+    approximate: bool = False,
 ) -> Any:
-    """`kernel` on so many blocks of three warpgroups; its results."""
+    """`kernel` on so many blocks of three warpgroups; its results.
+
+    With `approximate` an exponential is one instruction (2 units in the last place).
+    """
     return plgpu.kernel(
         kernel,
         out_type=out_type,
@@ -173,7 +188,7 @@ def call(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-            approx_math=True,  # of exponentials: the unit for them, and nothing around
+            approx_math=approximate,
         ),
         interpret=interpret,
     )(*arrays)
