@@ -119,7 +119,10 @@ def _kernel(walk, x, columns, maxima, thirds, *, config: TuningConfig, symmetric
         tile.multiply()
         plgpu.barrier_wait(arrival)
         scores = tile.scores[...]
-        first, second, third = _by_rows(scores, keys.at[mine])
+        # All bits but a member's, as the compiler cannot know: where it can, it takes
+        # two instructions for what one does with a register.
+        others = (tile.row >> 31) | -(tile_n // GROUPS)
+        first, second, third = _by_rows(scores, keys.at[mine], others)
         # The previous tile's results must have left before these come.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         kept[mine, :, :GROUPS] = first
@@ -134,7 +137,7 @@ def _kernel(walk, x, columns, maxima, thirds, *, config: TuningConfig, symmetric
 
             @pl.when(column > part // _PARTS)
             def _():
-                best = _by_columns(scores, per_row, turned.at[mine])
+                best = _by_columns(scores, per_row, turned.at[mine], others)
                 for i, (first, second, third) in enumerate(best):
                     span = pl.ds(column * tile_n + i * _TURNED, _TURNED)
                     for j, largest in enumerate((first, second)):
@@ -147,34 +150,36 @@ def _kernel(walk, x, columns, maxima, thirds, *, config: TuningConfig, symmetric
     mosaic_product.visit_tiles(walk, x, x, epilogue, config=config, scratch=scratch)
 
 
-def _by_rows(scores, keys):
+def _by_rows(scores, keys, others):
     """The three largest of each row's groups, `[tile_m, GROUPS]`; columns in the bits.
 
     Member j of group g is column `j * GROUPS + g`: taken so, a thread holds all members
     and nothing travels between threads.
     """
-    members = scores.shape[1] // GROUPS
     best = (jnp.zeros((scores.shape[0], GROUPS), jnp.float32),) * 3
-    for j in range(members):
+    for j in range(scores.shape[1] // GROUPS):
         at = slice(j * GROUPS, (j + 1) * GROUPS)
         scale, offset = (
             lax.broadcast_in_dim(keys[i, at], best[0].shape, (1,)) for i in range(2)
         )
-        best = _inserted(best, scores[:, at] * scale + offset, j, members)
+        best = _inserted(best, scores[:, at] * scale + offset, j, others)
     return best
 
 
-def _inserted(best, scores, member, members):
-    """The three largest of `best` and of `scores`, which are those of a `member`."""
+def _inserted(best, scores, member, others):
+    """The three largest of `best` and of `scores`, which are those of a `member`.
+
+    Its number takes the place of those bits that are not of the `others`.
+    """
     bits = lax.bitcast_convert_type(scores, jnp.int32)
-    score = lax.bitcast_convert_type((bits & -members) | member, jnp.float32)
+    score = lax.bitcast_convert_type((bits & others) | member, jnp.float32)
     first, second, third = best
     first, below = jnp.maximum(first, score), jnp.minimum(first, score)
     second, below = jnp.maximum(second, below), jnp.minimum(second, below)
     return first, second, jnp.maximum(third, below)
 
 
-def _by_columns(scores, per_row, turned):
+def _by_columns(scores, per_row, turned, others):
     """The same of each column, whose groups are the even and the odd rows.
 
     A warpgroup's scores are spread over its threads by rows, so they go through shared
@@ -190,9 +195,8 @@ def _by_columns(scores, per_row, turned):
         for i in range(0, rows, 8):
             lines = plgpu.layout_cast(turned[i : i + 8], _THREAD_PER_COLUMN)
             for j in range(0, 8, _BY_COLUMNS):
-                member = (i + j) // _BY_COLUMNS
                 line = lines[j : j + _BY_COLUMNS]
-                best = _inserted(best, line, member, rows // _BY_COLUMNS)
+                best = _inserted(best, line, (i + j) // _BY_COLUMNS, others)
         yield best
 
 
