@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from jaxling import kernels
-from jaxling.experiments.benchmarks import mosaic_gpu, mosaic_product
+from jaxling.experiments.benchmarks import mosaic_gpu, mosaic_maxima, mosaic_product
 
-CONFIG = mosaic_gpu.TuningConfig(rows=256, steps=3)
+CONFIG = mosaic_product.TuningConfig(rows=256, steps=3)
 both_walks = pytest.mark.parametrize("symmetric", [False, True])
 
 
@@ -39,11 +39,11 @@ def test_maxima_are_those_of_dense_scores(rng, interpreter, n, symmetric):
     x[:n] = rows(rng, n, 128)
     columns = np.zeros((2, size), np.float32)
     columns[0, :n] = rng.uniform(0.5, 1, n)
-    columns[1, :n] = mosaic_gpu.OFFSET
+    columns[1, :n] = mosaic_maxima.OFFSET
     steps = mosaic_product.walk(size, size, CONFIG, symmetric=symmetric)
     # 3 of the 4 squares, each of two row tiles.
     assert len(steps) == {256: 2, 512: 6 if symmetric else 8}[size]
-    maxima, thirds = mosaic_gpu.group_maxima(
+    maxima, thirds = mosaic_maxima.group_maxima(
         jnp.asarray(x, jnp.bfloat16),
         jnp.asarray(columns.reshape(2, -1, 256).swapaxes(0, 1)),
         steps,
@@ -67,15 +67,15 @@ def test_maxima_are_those_of_dense_scores(rng, interpreter, n, symmetric):
         turned = kept.reshape(size, tiles, 4, 2, 2).swapaxes(2, 3)
         both = np.where(below[..., None, None], turned.reshape(both.shape), both)
     np.testing.assert_allclose(both, largest[..., :2].swapaxes(2, 3), atol=2e-5)
-    third = mosaic_gpu.thirds_of(thirds, config=CONFIG, symmetric=symmetric)
+    third = mosaic_maxima.thirds_of(thirds, config=CONFIG, symmetric=symmetric)
     np.testing.assert_allclose(third, largest[..., 2].max((1, 2)), atol=2e-5)
-    named = mosaic_gpu.members(
+    named = mosaic_maxima.members(
         maxima,
         jnp.broadcast_to(jnp.arange(maxima.shape[1]), maxima.shape),
         jnp.arange(size),
         **dict(config=CONFIG, symmetric=symmetric),
     )
-    padding = kept < mosaic_gpu.NOBODY
+    padding = kept < mosaic_maxima.NOBODY
     assert padding.any() == (size - n > 128)
     scores = np.take_along_axis(exact, np.array(named), axis=1)
     np.testing.assert_allclose(scores[~padding], kept[~padding], atol=2e-5)
@@ -115,9 +115,9 @@ def test_it_lowers_for_hopper(n, d, symmetric):
         jax.ShapeDtypeStruct((n // 256, 2, 256), jnp.float32),
         jax.ShapeDtypeStruct((8, 2), jnp.int32),
     )
-    config = mosaic_gpu.DEFAULT_SYMMETRIC if symmetric else mosaic_gpu.DEFAULT
+    config = mosaic_maxima.DEFAULT_SYMMETRIC if symmetric else mosaic_product.DEFAULT
     maxima = functools.partial(
-        mosaic_gpu.group_maxima, config=config, symmetric=symmetric
+        mosaic_maxima.group_maxima, config=config, symmetric=symmetric
     )
     lowered = jax.jit(maxima).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()

@@ -8,13 +8,13 @@ three numbers per row: the largest logit m, the sum of `exp(logit - m)`, and the
 What `kernels.project_layers` does besides (top tokens, ranks, KL, a soft cap) is not
 here.
 
-Estimated, not measured. A score costs two additions, one multiply-add, half-rate
-instructions for the maximum, and one exponential of which a multiprocessor makes 16 a
-clock: for a tile of 128 x 256 about 2,000 clocks of exponentials beside 2,000 of the
-rest, and 65,536 of `wgmma` at 4,096 columns. Where the two overlap badly the product
-reaches 94% of what it would alone. Of 65,536 rows and 128,256 tokens 0.4 GB of numbers
-are written, a tenth of a millisecond; dense float32 logits are 34 GB. If the loop gets
-600 TFLOP/s, that is 0.12 s.
+Estimated, not measured. A score costs five full-rate instructions, a maximum at half
+the rate, and one exponential, of which a multiprocessor makes 16 a clock: for a tile of
+128 x 256 about 2,000 clocks of exponentials beside 1,800 of the rest, which may
+overlap, and 65,536 of the product at 4,096 columns, which stands still meanwhile. So
+the product has 94 to 97% of the time. Of 65,536 rows and 128,256 tokens 0.4 GB of
+numbers are written, a tenth of a millisecond; dense float32 logits are 34 GB. If the
+product gets 85% of the peak, that is 0.09 s.
 """
 
 import functools
