@@ -110,7 +110,11 @@ def agree_in_gradients(agree):
 
 @pytest.fixture
 def interpreter():
-    """Settings that run a kernel for GPUs on a CPU; asserts that it had no race."""
+    """Settings that run a kernel for GPUs on a CPU; asserts that it had no race.
+
+    Give it two blocks at most: each of their six warpgroups takes a thread of the
+    device while it waits, and there are eight, or as many as processors if more.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if not hasattr(plgpu, "InterpretGPUParams"):

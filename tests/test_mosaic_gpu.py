@@ -47,7 +47,7 @@ def test_maxima_are_those_of_dense_scores(rng, interpreter, n, symmetric):
         jnp.asarray(x, jnp.bfloat16),
         jnp.asarray(columns.reshape(2, -1, 256).swapaxes(0, 1)),
         steps,
-        **dict(config=CONFIG, symmetric=symmetric, blocks=3, interpret=interpreter),
+        **dict(config=CONFIG, symmetric=symmetric, blocks=2, interpret=interpreter),
     )
     exact = x.astype(np.float64)
     exact = exact @ exact.T * columns[0] + columns[1]

@@ -24,7 +24,7 @@ call raises, is left out by its name, with the reason in the record. One line of
 `results.jsonl` a size.
 
 The kernels on trial are to be measured in one sitting of 15 minutes, of which the
-machine's start takes some. First whether they compile and are exact (2 minutes; each by
+machine's start takes some. First whether they compile and are exact (3 minutes; each by
 itself, as one that stands still or reads where it may not takes the others with it).
 Then their goals on one size (2), on all of them (5), where torch and the sorts are left
 out, and in the lens (2); what is left is for ours on float32 rows and for tiles. Only
@@ -32,9 +32,9 @@ what passed the first is named in the rest:
 
     run="timeout 200 python -m experiments.benchmarks.gpu"
     for name in mosaic mosaic_symmetric; do
-        timeout 60 $run --contestants=$name --rows=16384 --columns=1024 --repeats=1
+        timeout 90 $run --contestants=$name --rows=16384 --columns=1024 --repeats=1
     done
-    timeout 60 $run --case=lens --lens=2,2048,4096,128256 --repeats=1 \
+    timeout 90 $run --case=lens --lens=2,2048,4096,128256 --repeats=1 \
         --contestants=mosaic,ours_entropy
     $run --contestants=mosaic,mosaic_symmetric,product,square,torch \
         --rows=131072 --columns=1024 --repeats=3
