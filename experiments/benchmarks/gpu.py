@@ -30,19 +30,19 @@ Then their goals on one size (2), on all of them (5), where torch and the sorts 
 out, and in the lens (2); what is left is for ours on float32 rows and for tiles. Only
 what passed the first is named in the rest:
 
-    run="timeout 200 python -m experiments.benchmarks.gpu"
+    run="python -m experiments.benchmarks.gpu"
     for name in mosaic mosaic_symmetric; do
         timeout 90 $run --contestants=$name --rows=16384 --columns=1024 --repeats=1
     done
     timeout 90 $run --case=lens --lens=2,2048,4096,128256 --repeats=1 \
         --contestants=mosaic,ours_entropy
-    $run --contestants=mosaic,mosaic_symmetric,product,square,torch \
+    timeout 150 $run --contestants=mosaic,mosaic_symmetric,product,square,torch \
         --rows=131072 --columns=1024 --repeats=3
     timeout 300 $run --contestants=mosaic,mosaic_symmetric,product,square --repeats=3
-    $run --case=lens --contestants=mosaic,ours_entropy,product --repeats=3
-    $run --contestants=product,product_f32 \
+    timeout 120 $run --case=lens --contestants=mosaic,ours_entropy,product --repeats=3
+    timeout 60 $run --contestants=product,product_f32 \
         --rows=131072 --columns=1024 --repeats=3 --row_dtype=float32
-    $run --contestants=mosaic_symmetric,product,square \
+    timeout 60 $run --contestants=mosaic_symmetric,product,square \
         --rows=131072 --columns=1024 --repeats=3 --tiles=64,256,64,3,32,1024
 
 One wins where its goals G1 and G7 (in the lens `GL mosaic`) are met and its worst error
