@@ -112,7 +112,8 @@ def fit_logistic(
     packed = batching.pack(problems)
     check_finite(x)
     sampled = start is None and max_iterations > 2 * SAMPLE_ITERATIONS
-    limits = (SAMPLE_GAP, tolerance), (SAMPLE_ITERATIONS, max_iterations)
+    most = min(int(max_iterations), 2**31 - 1)  # they are counted in int32
+    limits = (SAMPLE_GAP, tolerance), (SAMPLE_ITERATIONS, most)
     units = [
         _unit(batch, ids, penalties, sampled, limits)
         for batch, ids in zip(packed.batches, packed.ids)
