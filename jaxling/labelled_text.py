@@ -54,10 +54,13 @@ def read_texts(path: str | pathlib.Path, *, level: str) -> Texts:
     """
     with open(path, encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        usual = csv.field_size_limit(2**31 - 1)  # a text may be a book
         try:
             rows = list(lines)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a TSV in UTF-8: {error}.") from error
+        finally:
+            csv.field_size_limit(usual)
     while rows and not rows[-1]:
         rows.pop()
     header = rows[0] if rows else []

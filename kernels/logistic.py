@@ -318,6 +318,8 @@ def _starts(start, count, outputs, layers, flat, d, dtype) -> list[Start]:
             jnp.zeros((count, outputs), dtype),
         )
         return [Start(*zeros, none)] * layers
+    if not isinstance(start, tuple | list) or len(start) != 2:
+        raise ValueError("`start` must be two arrays: (weights, intercepts).")
     weights, intercepts = (jnp.asarray(part, dtype) for part in start)
     each = () if outputs == 1 else (outputs,)
     for name, value, own in (

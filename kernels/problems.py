@@ -290,6 +290,11 @@ def check_labels(problems: Problems, n: int) -> np.ndarray:
     Raises:
       ValueError: a tile breaks a rule; names the tile and the value.
     """
+    if not isinstance(problems, Problems):
+        raise ValueError(
+            "`problems` must be Problems, as `one_vs_rest(labels)` returns; got"
+            f" {type(problems).__name__}."
+        )
     if problems.count < 1:
         raise ValueError(f"`problems.count` must be at least 1; got {problems.count}.")
     if problems.classes < 2:

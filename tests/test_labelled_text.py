@@ -53,6 +53,14 @@ def test_a_byte_order_mark_and_blank_lines_at_the_end_are_no_content(tmp_path):
     assert read.texts == ["a"] and read.labels == ["b"]
 
 
+def test_a_text_may_be_long(tmp_path):
+    book = "word " * 40_000
+    read = labelled_text.read_texts(
+        write(tmp_path / "a.tsv", "text\tlabel", f"{book}\tb"), level="sentence"
+    )
+    assert [text.strip() for text in read.texts] == [book.strip()]
+
+
 def test_bytes_that_are_no_text_are_described(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"text\tlabel\n\xff\xfe\tb\n")
     with pytest.raises(ValueError, match="not a TSV in UTF-8"):

@@ -120,7 +120,11 @@ def test_the_block_caps_the_memory_of_the_device(rng, record_property, block):
 
 
 @pytest.mark.parametrize(
-    "knobs, message", [({"block": 0}, "`block`.*got 0"), ({"block": 2}, "traced")]
+    "knobs, message",
+    [
+        ({"block": 0}, "`block`.*got 0"),
+        ({"block": 2}, "traced"),
+    ],
 )
 def test_bad_blocks_are_named(rng, knobs, message):
     x = rng.standard_normal((4, 3)).astype(np.float32)
