@@ -67,14 +67,18 @@ def power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
-def _exponent(x: Float[Array, "n d"]) -> Int[Array, " n"]:
-    """That of each row's largest entry, as far as its inverse is no subnormal.
+def exponent_of(x: Float[Array, "n d"], axis: int | None) -> Int[Array, "..."]:
+    """Smallest e with all `|x| < 2**e`; 0 for zeros. Of finite entries."""
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, initial=0.0))
+    return jnp.frexp(largest)[1].astype(jnp.int32)
 
-    A division by the entry itself would not do: compilers multiply by the inverse.
+
+def _exponent(x: Float[Array, "n d"]) -> Int[Array, " n"]:
+    """That of each row, as far as its power and the inverse are no subnormals.
+
+    A division by the largest entry would not do: compilers multiply by the inverse.
     """
-    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=1, initial=0.0))
-    largest = jnp.where(jnp.isfinite(largest), largest, 1.0)
-    return jnp.clip(jnp.frexp(largest)[1].astype(jnp.int32), -126, 126)
+    return jnp.clip(exponent_of(x, axis=1), -126, 126)
 
 
 def widened(x: ArrayLike) -> Array:

@@ -67,7 +67,7 @@ def prepare(
 
 def top_exponent(x: Float[Array, "n d"]) -> Int[Array, ""]:
     """Smallest e with all `|x| < 2**e` in the rows that are finite; 0 for zeros."""
-    return _exponent(_finite(x)[0], axis=None)
+    return numerics.exponent_of(_finite(x)[0], axis=None)
 
 
 def scales(
@@ -94,7 +94,7 @@ def at_scale(
         values, divisor = numerics.unit_and_divisor(x)
         zeros = jnp.zeros(len(x), jnp.int32)
         return Rows(values, valid, zeros, lax.stop_gradient(divisor) if short else None)
-    own = _exponent(x, axis=1) if exponent is None else exponent
+    own = numerics.exponent_of(x, axis=1) if exponent is None else exponent
     exponents = jnp.zeros(len(x), jnp.int32) + own
     values = times_power_of_two(x, -exponents[:, None])
     significand = jnp.ones(len(x), jnp.float32) if short else None
@@ -150,12 +150,6 @@ def _row_products(a: Array, b: Float[Array, "r c d"]) -> Float[Array, "r c"]:
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-
-
-def _exponent(x: Float[Array, "n d"], axis: int | None) -> Int[Array, "..."]:
-    """Smallest e with all `|x| < 2**e`; 0 for zeros."""
-    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, initial=0.0))
-    return jnp.frexp(largest)[1].astype(jnp.int32)
 
 
 def _finite(x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Bool[Array, " n"]]:

@@ -47,7 +47,7 @@ def _blocks(
 
 def check_block(block: int, *sides: Any) -> None:
     """Raises ValueError where blocks cannot be: inside a trace, or of no rows."""
-    if block != int(block) or block < 1:
+    if not isinstance(block, int | np.integer) or block < 1:
         raise ValueError(f"`block` must be a number of rows, at least 1; got {block}.")
     if any(isinstance(side, jax.core.Tracer) for side in sides):
         raise ValueError("`block` is for arrays of the host, not for traced ones.")
