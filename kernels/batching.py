@@ -14,10 +14,10 @@ from .problems import Problems, Tile, label_dtype
 COLUMNS = 64  # of one product, so that no rows x problems array of floats exists
 PROBLEMS = 512  # of one batch: bounds the solver's state
 MARGINS = 2**18  # rows x columns of a batch that groups of problems may share
-BATCH_ROWS = 4096  # and its rows, where those of the features are not more
+BATCH_ROWS = 4096  # and its rows, where the largest group has less
 BLOCK_ROWS = 512  # a block, its margins and its residuals stay in cache
 SAMPLE = 8  # of so many blocks of a large tile one is in its sample
-PAIRS = 1536  # of rows, whose differences estimate the covariance
+PAIRS = 3072  # of rows, whose differences estimate the covariance
 
 
 class Batch(NamedTuple):
@@ -99,7 +99,7 @@ def _drawn(groups: list[_Group], block: int, outputs: int) -> list[list[_Group]]
     """Groups by batch, the largest first."""
     rows = [sum(-(-len(t.rows) // block) for t in g.tiles) * block for g in groups]
     widths = [max(len(t.problems) for t in g.tiles) * outputs for g in groups]
-    most = max(BATCH_ROWS, _distinct(groups))
+    most = max(BATCH_ROWS, *rows)  # the largest group's sets the shape of all
     batches: list[list[_Group]] = []
     size = held = width = 0
     for i in sorted(range(len(groups)), key=lambda i: -rows[i]):
@@ -111,15 +111,6 @@ def _drawn(groups: list[_Group], block: int, outputs: int) -> list[list[_Group]]
             size, held, width = rows[i], len(groups[i].ids), widths[i]
         batches[-1].append(groups[i])
     return batches
-
-
-def _distinct(groups: list[_Group]) -> int:
-    """How many rows the groups read, each counted once."""
-    tiles = [tile.rows for group in groups for tile in group.tiles]
-    seen = np.zeros(max((rows.max() + 1 for rows in tiles), default=0), bool)
-    for rows in tiles:
-        seen[rows] = True
-    return int(seen.sum())
 
 
 def same_rows(a: Batch, b: Batch) -> bool:

@@ -23,8 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 from . import batching, passes
 from .passes import exact_product
 
-RANK = 56  # of the covariance in the preconditioner
-SPAN = 64  # of the search for it; LAPACK wakes threads for more, a hundred times slower
+SPAN = 60  # columns that LAPACK gets; from 64 on it wakes threads that keep a core busy
+SPANS = 2  # such parts of the space in which the leading directions are sought
+SPARE = 8  # directions of it that are not kept
 PATIENCE = 25  # iterations without a better bound after which a problem is given up
 
 
@@ -125,24 +126,40 @@ def covariance_basis(
     difference = passes.rows_of(x, pairs[0]).astype(dtype) - passes.rows_of(
         x, pairs[1]
     ).astype(dtype)
+    difference = lax.optimization_barrier(difference)
     m, d = difference.shape
     covariance = exact_product(difference.T, difference) / (2 * m)
     if d <= SPAN:
         variances, directions = jnp.linalg.eigh(covariance)
         tail = jnp.zeros((), dtype)
     else:
-        span = jax.random.normal(jax.random.key(0), (d, SPAN), dtype)
+        width = min(SPANS, d // SPAN) * SPAN
+        span = jax.random.normal(jax.random.key(0), (d, width), dtype)
         for _ in range(3):  # subspace iteration: a preconditioner may be rough
             span = _orthonormal(exact_product(covariance, span))
-        inner = exact_product(span.T, exact_product(covariance, span))
-        variances, rotation = jnp.linalg.eigh(inner)
-        variances = variances[-RANK:]
-        directions = exact_product(span, rotation[:, -RANK:])
+        variances, directions = _rotated_to_axes(covariance, span)
+        variances, directions = variances[SPARE:], directions[:, SPARE:]
         rest = jnp.trace(covariance) - jnp.sum(variances)
-        tail = jnp.maximum(rest, 0) / (d - RANK)
+        tail = jnp.maximum(rest, 0) / (d - len(variances))
     # A direction without variance is not one along which a step may be unbounded.
     floor = 1e-6 * variances[-1]
     return Basis(directions, jnp.maximum(variances, floor), jnp.maximum(tail, floor))
+
+
+def _parts(span: Float[Array, "d m"]) -> list[Float[Array, "d s"]]:
+    return jnp.split(span, span.shape[1] // SPAN, axis=1)
+
+
+def _rotated_to_axes(covariance, span: Float[Array, "d m"]) -> tuple[Array, Array]:
+    """Axes of the covariance in each part of the span: variances, ascending, and they.
+
+    The parts hold directions of unlike variance, so what couples them is small.
+    """
+    inner = [exact_product(p.T, exact_product(covariance, p)) for p in _parts(span)]
+    variances, axes = jnp.linalg.eigh(jnp.stack(inner))
+    rotated = [exact_product(part, own) for part, own in zip(_parts(span), axes)]
+    order = jnp.argsort(variances.ravel())
+    return variances.ravel()[order], jnp.concatenate(rotated, axis=1)[:, order]
 
 
 def _orthonormal(span: Float[Array, "d m"]) -> Float[Array, "d m"]:
@@ -150,18 +167,22 @@ def _orthonormal(span: Float[Array, "d m"]) -> Float[Array, "d m"]:
 
     By Cholesky, which is products: QR takes longer here than an iteration of all.
     """
-    gram = exact_product(span.T, span)
-    ridge = 10 * jnp.finfo(span.dtype).eps * jnp.trace(gram)
-    tiny = jnp.finfo(span.dtype).tiny
-    one = jnp.eye(len(gram), dtype=span.dtype)
-    root = jnp.linalg.cholesky(gram + (ridge + tiny) * one)
+    done = span[:, :0]
+    for part in _parts(span):
+        scale = jnp.sum(jnp.square(part))  # what is left of less is rounding
+        part = part - exact_product(done, exact_product(done.T, part))
+        gram = exact_product(part.T, part)
+        ridge = 10 * jnp.finfo(span.dtype).eps * scale + jnp.finfo(span.dtype).tiny
+        one = jnp.eye(SPAN, dtype=span.dtype)
+        root = jnp.linalg.cholesky(gram + ridge * one)
 
-    def row(i, inverse):  # row by row: BLAS wakes threads for it, which takes longer
-        own = one[i] - exact_product(root[i], inverse)
-        return inverse.at[i].set(own / root[i, i])
+        def row(i, inverse, root=root, one=one):  # BLAS wakes threads for the whole
+            own = one[i] - exact_product(root[i], inverse)
+            return inverse.at[i].set(own / root[i, i])
 
-    inverse = lax.fori_loop(0, len(gram), row, jnp.zeros_like(gram))
-    return exact_product(span, inverse.T)
+        inverse = lax.fori_loop(0, SPAN, row, jnp.zeros_like(gram))
+        done = jnp.concatenate([done, exact_product(part, inverse.T)], axis=1)
+    return done
 
 
 @jax.jit

@@ -29,7 +29,7 @@ from . import mesh as meshes
 from .lockstep import LogisticFit, Start
 from .problems import Problems, check
 
-SAMPLE_GAP = 0.01  # relative bound at which a sample of the rows is solved
+SAMPLE_GAP = 0.05  # relative bound at which a sample of the rows is solved
 SAMPLE_ITERATIONS = 30  # and the iterations after which it is left
 
 
