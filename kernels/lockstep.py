@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 from . import batching, passes
 from .passes import exact_product
 
-SPAN = 60  # columns that LAPACK gets; from 64 on it wakes threads that keep a core busy
+SPAN = 60  # side of an eigenproblem; from 64 on LAPACK wakes threads, which then wait
+# for more of its work at full speed for a tenth of a second
 SPANS = 2  # such parts of the space in which the leading directions are sought
 SPARE = 8  # directions of it that are not kept
 PATIENCE = 25  # iterations without a better bound after which a problem is given up
@@ -137,7 +138,7 @@ def covariance_basis(
         span = jax.random.normal(jax.random.key(0), (d, width), dtype)
         for _ in range(3):  # subspace iteration: a preconditioner may be rough
             span = _orthonormal(exact_product(covariance, span))
-        variances, directions = _rotated_to_axes(covariance, span)
+        variances, directions = _turned_to_axes(covariance, span)
         variances, directions = variances[SPARE:], directions[:, SPARE:]
         rest = jnp.trace(covariance) - jnp.sum(variances)
         tail = jnp.maximum(rest, 0) / (d - len(variances))
@@ -146,20 +147,17 @@ def covariance_basis(
     return Basis(directions, jnp.maximum(variances, floor), jnp.maximum(tail, floor))
 
 
-def _parts(span: Float[Array, "d m"]) -> list[Float[Array, "d s"]]:
-    return jnp.split(span, span.shape[1] // SPAN, axis=1)
+def _turned_to_axes(covariance, span: Float[Array, "d m"]) -> tuple[Array, Array]:
+    """Axes of the covariance in each part of the span, and variances, ascending.
 
-
-def _rotated_to_axes(covariance, span: Float[Array, "d m"]) -> tuple[Array, Array]:
-    """Axes of the covariance in each part of the span: variances, ascending, and they.
-
-    The parts hold directions of unlike variance, so what couples them is small.
+    The parts hold directions of unlike variance, so little couples them.
     """
-    inner = [exact_product(p.T, exact_product(covariance, p)) for p in _parts(span)]
+    parts = jnp.split(span, span.shape[1] // SPAN, axis=1)
+    inner = [exact_product(part.T, exact_product(covariance, part)) for part in parts]
     variances, axes = jnp.linalg.eigh(jnp.stack(inner))
-    rotated = [exact_product(part, own) for part, own in zip(_parts(span), axes)]
+    turned = [exact_product(part, own) for part, own in zip(parts, axes)]
     order = jnp.argsort(variances.ravel())
-    return variances.ravel()[order], jnp.concatenate(rotated, axis=1)[:, order]
+    return variances.ravel()[order], jnp.concatenate(turned, axis=1)[:, order]
 
 
 def _orthonormal(span: Float[Array, "d m"]) -> Float[Array, "d m"]:
@@ -167,22 +165,18 @@ def _orthonormal(span: Float[Array, "d m"]) -> Float[Array, "d m"]:
 
     By Cholesky, which is products: QR takes longer here than an iteration of all.
     """
-    done = span[:, :0]
-    for part in _parts(span):
-        scale = jnp.sum(jnp.square(part))  # what is left of less is rounding
-        part = part - exact_product(done, exact_product(done.T, part))
-        gram = exact_product(part.T, part)
-        ridge = 10 * jnp.finfo(span.dtype).eps * scale + jnp.finfo(span.dtype).tiny
-        one = jnp.eye(SPAN, dtype=span.dtype)
-        root = jnp.linalg.cholesky(gram + ridge * one)
+    gram = exact_product(span.T, span)
+    ridge = 10 * jnp.finfo(span.dtype).eps * jnp.trace(gram)
+    tiny = jnp.finfo(span.dtype).tiny
+    one = jnp.eye(len(gram), dtype=span.dtype)
+    root = jnp.linalg.cholesky(gram + (ridge + tiny) * one)
 
-        def row(i, inverse, root=root, one=one):  # BLAS wakes threads for the whole
-            own = one[i] - exact_product(root[i], inverse)
-            return inverse.at[i].set(own / root[i, i])
+    def row(i, inverse):  # row by row: BLAS wakes threads for it, which takes longer
+        own = one[i] - exact_product(root[i], inverse)
+        return inverse.at[i].set(own / root[i, i])
 
-        inverse = lax.fori_loop(0, SPAN, row, jnp.zeros_like(gram))
-        done = jnp.concatenate([done, exact_product(part, inverse.T)], axis=1)
-    return done
+    inverse = lax.fori_loop(0, len(gram), row, jnp.zeros_like(gram))
+    return exact_product(span, inverse.T)
 
 
 @jax.jit

@@ -111,11 +111,9 @@ def fit_logistic(
         first = next(spaces)  # is computed while the problems are packed
     packed = batching.pack(problems)
     check_finite(x)
-    sampled = start is None and max_iterations > 2 * SAMPLE_ITERATIONS
     most = min(int(max_iterations), 2**31 - 1)  # they are counted in int32
-    limits = (SAMPLE_GAP, tolerance), (SAMPLE_ITERATIONS, most)
     units = [
-        _unit(batch, ids, penalties, sampled, limits)
+        _unit(batch, ids, penalties, start is not None, tolerance, most)
         for batch, ids in zip(packed.batches, packed.ids)
     ]
     if mesh is None:
@@ -143,15 +141,26 @@ class _Unit(NamedTuple):
     stages: lockstep.Stage
 
 
-def _unit(batch, ids: np.ndarray, penalties, sampled: bool, limits) -> _Unit:
-    """Solves what has a sample on that first, then all on all rows."""
+def _unit(batch, ids: np.ndarray, penalties, started, tolerance, most: int) -> _Unit:
+    """Solves what has a sample on that first, then all on all rows.
+
+    Where problems have a start they are solved on all rows twice: margins are summed up
+    from it, and what a far start has rounded off is still missing from them at the end.
+    """
     own = np.resize(ids, len(batch.owner))
     real = np.arange(len(own)) < len(ids)
+    used = batch.used.astype(np.float32)
+    if started:
+        first = real & (most > 1), used, tolerance, most - 1
+    else:
+        sampled = batch.sampled & (most > 2 * SAMPLE_ITERATIONS)
+        first = real & sampled, batch.sample, SAMPLE_GAP, SAMPLE_ITERATIONS
+    active, share, gaps, iterations = zip(first, (real, used, tolerance, most))
     stages = lockstep.Stage(
-        np.stack([real & batch.sampled & sampled, real]),
-        np.stack([batch.sample, batch.used.astype(np.float32)]),
-        np.asarray(limits[0], penalties.dtype),
-        np.asarray(limits[1], np.int32),
+        np.stack(active),
+        np.stack(share),
+        np.asarray(gaps, penalties.dtype),
+        np.asarray(iterations, np.int32),
     )
     return _Unit(batch, own, penalties[own], stages)
 
