@@ -16,7 +16,6 @@ PROBLEMS = 512  # of one batch: bounds the solver's state
 MARGINS = 2**18  # rows x columns of a batch that groups of problems may share
 BATCH_ROWS = 4096  # and its rows, where the largest group has less
 BLOCK_ROWS = 512  # a block, its margins and its residuals stay in cache
-SAMPLE = 8  # of so many blocks of a large tile one is in its sample
 PAIRS = 3072  # of rows, whose differences estimate the covariance
 
 
@@ -34,9 +33,6 @@ class Batch(NamedTuple):
     group:     `[b]` the group (connected tiles) of a block.
     owner:     `[p]` the group of a problem.
     used:      `[b]` whether a block is real.
-    sample:    `[b]` how many rows each row of a block stands for in a sample of its
-               tile; 0 where the block is not in it.
-    sampled:   `[p]` whether a problem has a sample, other than all of its rows.
     """
 
     rows: np.ndarray
@@ -50,8 +46,6 @@ class Batch(NamedTuple):
     group: np.ndarray
     owner: np.ndarray
     used: np.ndarray
-    sample: np.ndarray
-    sampled: np.ndarray
 
 
 class Packed(NamedTuple):
@@ -67,10 +61,9 @@ def pack(problems: Problems) -> Packed:
     problems = problems._replace(tiles=tuple(filled))
     outputs = 1 if problems.classes == 2 else problems.classes
     groups = [part for all_ in _connected(problems) for part in _divide(all_, outputs)]
-    lengths = np.array([len(t.rows) for tiles, _ in groups for t in tiles])
+    lengths = np.array([len(tile.rows) for group in groups for tile in group.tiles])
     block = _block_rows(lengths)
-    whole = [_Group([_shuffled(t, block) for t in tiles], ids) for tiles, ids in groups]
-    drawn = _drawn(whole, block, outputs)
+    drawn = _drawn(groups, block, outputs)
     ids = [np.concatenate([group.ids for group in batch]) for batch in drawn]
     return Packed(_arrays(drawn, block), ids)
 
@@ -80,19 +73,6 @@ class _Group(NamedTuple):
 
     tiles: list[Tile]
     ids: np.ndarray
-
-
-def _shuffled(tile: Tile, block: int) -> Tile:
-    """The tile's rows in a fixed shuffled order, sorted by label, if it has blocks.
-
-    Dealt out to the blocks in that order, any one block is a fair sample of the tile.
-    """
-    if len(tile.rows) <= block:
-        return tile
-    order = np.random.default_rng(0).permutation(len(tile.rows))
-    order = order[np.argsort(tile.labels[0][order], kind="stable")]
-    weights = None if tile.weights is None else tile.weights[..., order]
-    return Tile(tile.rows[order], tile.problems, tile.labels[:, order], weights)
 
 
 def _drawn(groups: list[_Group], block: int, outputs: int) -> list[list[_Group]]:
@@ -144,7 +124,7 @@ def _connected(problems: Problems) -> list[list[Tile]]:
     return list(groups.values())
 
 
-def _divide(tiles: list[Tile], outputs: int) -> list[tuple[list[Tile], np.ndarray]]:
+def _divide(tiles: list[Tile], outputs: int) -> list[_Group]:
     """A group of tiles cut by problems, so that columns and problems fit a batch.
 
     A problem has `outputs` columns in the product.
@@ -154,7 +134,7 @@ def _divide(tiles: list[Tile], outputs: int) -> list[tuple[list[Tile], np.ndarra
     parts = max(-(-widest * outputs // COLUMNS), -(-len(ids) // PROBLEMS))
     parts = min(parts, len(ids))
     if parts == 1:
-        return [(tiles, ids)]
+        return [_Group(tiles, ids)]
     # Neighbouring problems read the same rows, but they may be all those of a tile.
     cuts = np.array_split(ids, parts)
     widest = max(np.isin(tile.problems, own).sum() for tile in tiles for own in cuts)
@@ -175,7 +155,7 @@ def _divide(tiles: list[Tile], outputs: int) -> list[tuple[list[Tile], np.ndarra
                 kept.append(
                     Tile(tile.rows[row], tile.problems[column], labels[:, row], weights)
                 )
-        divided.append((kept, own))
+        divided.append(_Group(kept, own))
     return divided
 
 
@@ -235,8 +215,6 @@ def _arrays(batches: list[list[_Group]], r: int) -> list[Batch]:
             group=np.zeros(b, np.int32),
             owner=np.zeros(p, np.int32),
             used=np.zeros(b, bool),
-            sample=np.zeros(b, np.float32),
-            sampled=np.zeros(p, bool),
         )
         block = number = offset = 0
         for h, (group, ids) in enumerate(batch):
@@ -245,8 +223,7 @@ def _arrays(batches: list[list[_Group]], r: int) -> list[Batch]:
             one.centre[h] = rows[np.linspace(0, len(rows) - 1, q).astype(int)]
             one.owner[offset : offset + len(ids)] = h
             for tile in group:
-                start, block = block, _fill(one, tile, block, number, h)
-                _sample(one, start, block, len(tile.rows))
+                block = _fill(one, tile, block, number, h)
                 own = np.searchsorted(ids, tile.problems)
                 columns = np.arange(len(own))
                 one.problem[number, columns] = offset + own
@@ -254,9 +231,6 @@ def _arrays(batches: list[list[_Group]], r: int) -> list[Batch]:
                 one.slot_used[offset + own, filled[own]] = True
                 filled[own] += 1
                 number += 1
-            inside = one.group[:block] == h
-            sampled = (one.sample[:block][inside] > 1).any()
-            one.sampled[offset : offset + len(ids)] = sampled
             offset += len(ids)
         made.append(one)
     return made
@@ -266,7 +240,7 @@ def _fill(one: Batch, tile: Tile, block: int, number: int, group: int) -> int:
     """Deals a tile out to blocks from `block` on; returns the next free block."""
     b, r = len(tile.rows), one.rows.shape[1]
     count = -(-b // r)
-    place = np.arange(count * r).reshape(r, count).T
+    place = np.arange(count * r).reshape(count, r)
     real, place = place < b, place % b
     at = slice(block, block + count)
     one.rows[at] = tile.rows[place]
@@ -281,12 +255,3 @@ def _fill(one: Batch, tile: Tile, block: int, number: int, group: int) -> int:
             one.weights[at] = tile.weights[place][:, None]
     one.tile[at], one.group[at], one.used[at] = number, group, True
     return block + count
-
-
-def _sample(one: Batch, start: int, stop: int, rows: int) -> None:
-    """Marks the first of a tile's blocks as its sample; all where they are few."""
-    count = stop - start
-    taken = count if count < 4 else -(-count // SAMPLE)
-    # Rows are dealt out in turn: block i has those of numbers i, i + count, ...
-    drawn = sum(len(range(i, rows, count)) for i in range(taken))
-    one.sample[start : start + taken] = rows / drawn

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -38,7 +37,7 @@ class LogisticFit(NamedTuple):
     objective:     `[p]` the penalised objective at the solution.
     gradient_norm: `[p]` length of its gradient there, intercepts included.
     gap:           `[p]` bound on objective - minimum.
-    iterations:    `[p]` int32, those on a sample of the rows included.
+    iterations:    `[p]` int32.
     converged:     `[p]` gap <= tolerance * objective; False says: not solved to it.
     """
 
@@ -52,26 +51,10 @@ class LogisticFit(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where problems begin, `k` outputs each, and the iterations that led there."""
+    """Where problems begin, `k` outputs each."""
 
     weights: Float[Array, "p k d"]
     intercepts: Float[Array, "p k"]
-    iterations: Int[Array, " p"]
-
-
-class Stage(NamedTuple):
-    """Which problems are solved, and on what; of several stages, with an axis in front.
-
-    active:         `[p]` whether a problem is solved.
-    share:          `[b]` how many rows each row of a block stands for; 0: is not read.
-    tolerance:      bound, relative to the objective, that counts as solved.
-    max_iterations: iterations, of the stages before too, after which one is left.
-    """
-
-    active: np.ndarray
-    share: np.ndarray
-    tolerance: np.ndarray
-    max_iterations: np.ndarray
 
 
 class Basis(NamedTuple):
@@ -90,7 +73,9 @@ class _Job(NamedTuple):
     batch: batching.Batch
     basis: Basis
     l2: Float[Array, " p"]
-    stage: Stage
+    tolerance: Float[Array, ""]
+    limit: Int[Array, ""]  # of iterations
+    at_zero: Float[Array, " p"]  # the objective of weights that are zero
 
 
 class _Vector(NamedTuple):
@@ -116,7 +101,7 @@ class _State(NamedTuple):
     best: Float[Array, " p"]
     patience: Int[Array, " p"]
     iterations: Int[Array, " p"]
-    restart: Bool[Array, ""]  # the margins are to be made from `at`
+    restart: Bool[Array, ""]  # the margins, zero, are to be made from `at`
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -186,31 +171,15 @@ def solve(
     basis: Basis,
     l2: Float[Array, " p"],
     begin: Start,
-    stages: Stage,
+    active: Bool[Array, " p"],
+    tolerance: Float[Array, ""],
+    limit: Int[Array, ""],
 ) -> LogisticFit:
-    """Solves a batch over its gathered rows, in stages: the fits of the last one.
+    """Solves the active problems of a batch over its gathered rows.
 
-    Each begins where the one before has solved a problem.
+    A start that is worse than zero is left for zero: sums are kept up to date from it,
+    and a far one would leave its rounding in them.
     """
-
-    def one(begin: Start, stage: Stage):
-        fit = _solve(rows, batch, basis, l2, begin, stage)
-        solved = Start(fit.weights, fit.intercepts, fit.iterations)
-        near = _chosen(fit.converged, solved, begin)
-        return near._replace(iterations=fit.iterations), fit
-
-    _, fits = lax.scan(one, begin, stages)
-    return jax.tree.map(lambda a: a[-1], fits)
-
-
-def _solve(
-    rows: passes.Rows,
-    batch: batching.Batch,
-    basis: Basis,
-    l2: Float[Array, " p"],
-    begin: Start,
-    stage: Stage,
-) -> LogisticFit:
     (b, c, r), (p, k, _) = batch.labels.shape, begin.weights.shape
     zeros = functools.partial(jnp.zeros, dtype=rows.values.dtype)
     at = _Vector(
@@ -226,13 +195,17 @@ def _solve(
         margins=zeros((b, c, k, r)),
         moves=zeros((b, c, k, r)),
         limit=zeros(p) + jnp.inf,
-        active=jnp.asarray(stage.active),
+        active=jnp.asarray(active),
         best=zeros(p) + jnp.inf,
         patience=jnp.full(p, PATIENCE, jnp.int32),
-        iterations=begin.iterations,
+        iterations=jnp.zeros(p, jnp.int32),
         restart=jnp.array(True),
     )
-    job = _Job(rows.values, rows.reach, batch, basis, l2, stage)
+    outputs = max(k, 2)
+    by_block = jnp.sum(_weights(batch, rows.values.dtype), axis=2) * jnp.log(outputs)
+    by_tile = jax.ops.segment_sum(by_block, batch.tile, len(batch.problem))
+    at_zero = _sides(by_tile, batch)
+    job = _Job(rows.values, rows.reach, batch, basis, l2, tolerance, limit, at_zero)
     state = lax.while_loop(
         lambda s: jnp.any(s.active), functools.partial(_iterate, job), state
     )
@@ -244,7 +217,7 @@ def _solve(
         gradient_norm=jnp.sqrt(_dot(state.gradient, state.gradient)),
         gap=state.gap,
         iterations=state.iterations,
-        converged=_solved(state.gap, state.objective, stage.tolerance),
+        converged=_solved(state.gap, state.objective, tolerance),
     )
 
 
@@ -312,11 +285,10 @@ def _iterate(job: _Job, s: _State) -> _State:
     """One step of every active problem."""
     batch, l2 = job.batch, job.l2
     units, block = _units(job, s)
-    moves = jnp.where(s.restart, 0, s.moves)
     whole = _chosen(s.restart, s.at, _direction(s, job.basis, l2))
     ahead, shift = lax.optimization_barrier(whole)
     skip = s.restart & jnp.all(ahead == 0)
-    steps, curved = passes.forward(units, skip, block, moves, ahead, shift)
+    steps, curved = passes.forward(units, skip, block, s.moves, ahead, shift)
     last = s.last.weights
     pairs = list(_sides(curved, batch).T)
     bend = [pairs[:1], pairs[1:3], pairs[3:]]
@@ -339,7 +311,7 @@ def _iterate(job: _Job, s: _State) -> _State:
         own = passes.by_column(values, block.problem)
         return own.reshape(*own.shape[:2], -1, 1)
 
-    move = by_column(mix[1]) * steps + by_column(mix[2]) * moves
+    move = by_column(mix[1]) * steps + by_column(mix[2]) * s.moves
     move = lax.optimization_barrier(move + by_column(mix[0][:, None] * shift))
     slopes = _sides(passes.along(units, s.restart, block, move), batch)
     rise = slopes[:, 0] + l2 * _inner(step.weights, s.at.weights + step.weights)
@@ -350,7 +322,7 @@ def _iterate(job: _Job, s: _State) -> _State:
     length = jnp.where(s.restart, 1.0, length).astype(bent.dtype)
     step, move = _scaled(length, step), by_column(length) * move
     at = _chosen(s.restart, s.at, _plus(s.at, step))
-    margins, move = lax.optimization_barrier((block.margins + move, move))
+    margins, move = lax.optimization_barrier((s.margins + move, move))
 
     found = _sides(passes.backward(units, block._replace(margins=margins)), batch)
     objective = found.loss + 0.5 * l2 * _inner(at.weights, at.weights)
@@ -368,24 +340,26 @@ def _iterate(job: _Job, s: _State) -> _State:
     gap = jnp.where(moved, _gap(gradient, curvature, l2, job.reach), s.gap)
     better = (gap < s.best) | (objective < (1 - 1e-5) * s.objective)
     patience = jnp.where(better, PATIENCE, s.patience - 1)
-    iterations = s.iterations + s.active
-    active = s.active & ~_solved(gap, objective, job.stage.tolerance) & (patience > 0)
-    stays = by_column(s.active & ~kept)
+    worse = s.active & s.restart & ~(objective <= (1 + 1e-6) * job.at_zero)
+    at = _chosen(worse, jax.tree.map(jnp.zeros_like, at), _chosen(moved, at, s.at))
+    iterations = s.iterations + (s.active & ~worse)
+    active = s.active & ~_solved(gap, objective, job.tolerance) & (patience > 0)
+    stays, restart = by_column(s.active & ~kept), jnp.any(worse)
     return _State(
-        at=_chosen(moved, at, s.at),
+        at=at,
         gradient=gradient,
         objective=objective,
         curvature=curvature,
         gap=gap,
         last=_chosen(moved & ~s.restart, step, jax.tree.map(jnp.zeros_like, step)),
-        margins=jnp.where(stays, block.margins, margins),
+        margins=jnp.where(restart, 0, jnp.where(stays, s.margins, margins)),
         moves=jnp.where(stays | s.restart, 0, move),
         limit=jnp.where(kept, jnp.inf, 0.25 * length).astype(length.dtype),
-        active=active & (iterations < job.stage.max_iterations),
+        active=active & (iterations < job.limit),
         best=jnp.minimum(gap, s.best),
         patience=patience,
         iterations=iterations,
-        restart=jnp.array(False),
+        restart=restart,
     )
 
 
@@ -393,17 +367,19 @@ def _units(job: _Job, s: _State) -> tuple[passes.Units, passes.Block]:
     """The blocks with an unsolved problem, and all blocks."""
     batch, tiles = job.batch, len(job.batch.problem)
     live = jnp.append(s.active, False)[batch.problem].any(axis=1)[batch.tile]
-    live = live & (job.stage.share > 0)
+    live = live & batch.used
     order = jnp.nonzero(live, size=len(live), fill_value=0)[0]
-    share = job.stage.share[:, None, None].astype(s.margins.dtype)
-    weights = (batch.labels >= 0) * share
-    if batch.weights is not None:
-        weights = weights * batch.weights.astype(weights.dtype)
-    margins = jnp.where(s.restart, 0, s.margins)
+    weights = _weights(batch, s.margins.dtype)
     tile, problem = jnp.asarray(batch.tile), jnp.asarray(batch.problem)[batch.tile]
     return passes.Units(order, jnp.sum(live), tile, tiles), passes.Block(
-        job.values, problem, jnp.asarray(batch.labels), weights, margins
+        job.values, problem, jnp.asarray(batch.labels), weights, s.margins
     )
+
+
+def _weights(batch: batching.Batch, dtype) -> Float[Array, "b c r"]:
+    """Of each row in each column; zero where it has no part."""
+    weights = jnp.asarray(batch.labels >= 0, dtype)
+    return weights if batch.weights is None else weights * batch.weights.astype(dtype)
 
 
 def _sides(values, batch: batching.Batch):

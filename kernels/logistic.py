@@ -29,9 +29,6 @@ from . import mesh as meshes
 from .lockstep import LogisticFit, Start
 from .problems import Problems, check
 
-SAMPLE_GAP = 0.05  # relative bound at which a sample of the rows is solved
-SAMPLE_ITERATIONS = 30  # and the iterations after which it is left
-
 
 def fit_logistic(
     x: ArrayLike,
@@ -50,7 +47,9 @@ def fit_logistic(
       problems: which rows meet which problems (`one_vs_rest`, `one_vs_one`, ...).
       l2: penalty > 0, one or `[p]`; scikit-learn's 1 / C.
       start: weights and intercepts to start from, shaped as in the result (of a
-        neighbouring penalty, or of all rows before the folds); None starts at zero.
+        neighbouring penalty, or of all rows before the folds). Problems that it puts
+        farther from the optimum than zero would, and all where it is None, start at
+        zero.
       tolerance: largest bound, relative to the objective, that counts as solved.
       max_iterations: iterations after which a problem is returned as it is.
       mesh: deals the batches of problems out to these devices, of every layer; each
@@ -113,7 +112,7 @@ def fit_logistic(
     check_finite(x)
     most = min(int(max_iterations), 2**31 - 1)  # they are counted in int32
     units = [
-        _unit(batch, ids, penalties, start is not None, tolerance, most)
+        _unit(batch, ids, penalties, tolerance, most)
         for batch, ids in zip(packed.batches, packed.ids)
     ]
     if mesh is None:
@@ -138,31 +137,21 @@ class _Unit(NamedTuple):
     batch: batching.Batch
     ids: np.ndarray  # of the problems; repeated where the batch holds fewer
     penalties: np.ndarray
-    stages: lockstep.Stage
+    active: np.ndarray
+    tolerance: np.ndarray
+    limit: np.ndarray
 
 
-def _unit(batch, ids: np.ndarray, penalties, started, tolerance, most: int) -> _Unit:
-    """Solves what has a sample on that first, then all on all rows.
-
-    Where problems have a start they are solved on all rows twice: margins are summed up
-    from it, and what a far start has rounded off is still missing from them at the end.
-    """
+def _unit(batch, ids: np.ndarray, penalties, tolerance, limit) -> _Unit:
     own = np.resize(ids, len(batch.owner))
-    real = np.arange(len(own)) < len(ids)
-    used = batch.used.astype(np.float32)
-    if started:
-        first = real & (most > 1), used, tolerance, most - 1
-    else:
-        sampled = batch.sampled & (most > 2 * SAMPLE_ITERATIONS)
-        first = real & sampled, batch.sample, SAMPLE_GAP, SAMPLE_ITERATIONS
-    active, share, gaps, iterations = zip(first, (real, used, tolerance, most))
-    stages = lockstep.Stage(
-        np.stack(active),
-        np.stack(share),
-        np.asarray(gaps, penalties.dtype),
-        np.asarray(iterations, np.int32),
+    return _Unit(
+        batch,
+        own,
+        penalties[own],
+        np.arange(len(own)) < len(ids),
+        np.asarray(tolerance, penalties.dtype),
+        np.asarray(limit, np.int32),
     )
-    return _Unit(batch, own, penalties[own], stages)
 
 
 class _Space(NamedTuple):
@@ -196,7 +185,7 @@ def _solved_here(
         if rotation is not None:
             begin = _rotated(begin, rotation.T)
         parts, before = [], None
-        for batch, ids, penalties, stages in units:
+        for batch, ids, penalties, *rule in units:
             if before is None or not batching.same_rows(batch, before):
                 rows = passes.gather(
                     None if rows is None else rows.values,
@@ -207,7 +196,7 @@ def _solved_here(
                     dtype=penalties.dtype,
                 )
             own = _taken(begin, ids)
-            parts.append(lockstep.solve(rows, batch, basis, penalties, own, stages))
+            parts.append(lockstep.solve(rows, batch, basis, penalties, own, *rule))
             before = batch
         yield parts, rotation
 
@@ -242,8 +231,8 @@ def _dealt(
         chosen = whole[first : first + mesh.size]
         # A device without a unit has one of which no problem is active.
         layer, unit = chosen[-1]
-        idle = unit.stages._replace(active=unit.stages.active & False)
-        full = [*chosen, *[(layer, unit._replace(stages=idle))] * mesh.size]
+        idle = unit._replace(active=unit.active & False)
+        full = [*chosen, *[(layer, idle)] * mesh.size]
         full = full[: mesh.size]
         held = [layer for layer, _ in full]
         if before != held:
@@ -282,7 +271,7 @@ def _solved_on_each(features, units, pairs, *, mesh, row_space) -> LogisticFit:
             ),
             batch,
             lockstep.covariance_basis(features, pairs, dtype),
-            *(unit.penalties, begin, unit.stages),
+            *(unit.penalties, begin, unit.active, unit.tolerance, unit.limit),
         )
         fit = fit if rotation is None else _rotated(fit, rotation)
         return jax.tree.map(lambda a: a[None], fit)
@@ -320,13 +309,12 @@ def _stacked(fits: list[LogisticFit]) -> LogisticFit:
 
 def _starts(start, count, outputs, layers, flat, d, dtype) -> list[Start]:
     """Of each layer where its problems begin; at zero where there is no `start`."""
-    none = jnp.zeros(count, jnp.int32)
     if start is None:
         zeros = (
             jnp.zeros((count, outputs, d), dtype),
             jnp.zeros((count, outputs), dtype),
         )
-        return [Start(*zeros, none)] * layers
+        return [Start(*zeros)] * layers
     if not isinstance(start, tuple | list) or len(start) != 2:
         raise ValueError("`start` must be two arrays: (weights, intercepts).")
     weights, intercepts = (jnp.asarray(part, dtype) for part in start)
@@ -345,7 +333,7 @@ def _starts(start, count, outputs, layers, flat, d, dtype) -> list[Start]:
             raise ValueError(f"`start` must be finite; its {name} are not.")
     weights = weights.reshape(layers, count, outputs, d)
     intercepts = intercepts.reshape(layers, count, outputs)
-    return [Start(*own, none) for own in zip(weights, intercepts)]
+    return [Start(*own) for own in zip(weights, intercepts)]
 
 
 def _numbered_by_use(
