@@ -118,7 +118,7 @@ def leave_folds_out(problems: Problems, folds, count: int | None = None) -> Prob
     training set. Problem p without fold f is number `p * count + f`.
 
     Raises:
-      ValueError: `folds` are no integers, or not one for each row.
+      ValueError: `folds` are no integers, or not one for each row; `count` < 1.
     """
     return _folded(problems, folds, count, held_out=False)
 
@@ -215,6 +215,8 @@ def _folded(problems: Problems, folds, count, *, held_out: bool) -> Problems:
     folds = _at_tiles(folds, problems.tiles)
     if count is None:
         count = 1 + max((int(fold.max(initial=-1)) for fold in folds), default=0)
+    elif count < 1:
+        raise ValueError(f"`count` must be an integer > 0; got {count}.")
     each = np.arange(count)
     tiles = []
     for tile, fold in zip(problems.tiles, folds):
@@ -251,6 +253,11 @@ def _checked(
     if low < -1 or (classes is not None and high >= classes):
         limit = "" if classes is None else f" and below `classes` = {classes}"
         raise ValueError(f"{name} must be >= -1{limit}; got {low}..{high}.")
+    if classes is None and high >= max(len(labels), 1000):
+        raise ValueError(
+            f"{name} must number the classes from 0 on; got {high} among {len(labels)}"
+            f" labels. `np.unique(labels, return_inverse=True)` numbers them."
+        )
     classes = high + 1 if classes is None else classes
     if classes < least:
         number = ("", "one class", "two classes")[least]

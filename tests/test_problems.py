@@ -88,6 +88,13 @@ def test_weights_and_draws_that_do_not_fit_are_named():
 
 @pytest.mark.parametrize("labels", [[], [-1, -1], np.zeros(0, np.uint8)])
 def test_problems_need_classes(labels):
+    far = np.array([0, 10**9])
+    for build in (kernels.one_vs_rest, kernels.one_vs_one, kernels.multinomial):
+        with pytest.raises(ValueError, match="from 0 on; got 1000000000 among 2"):
+            build(far)
+    for folded in (kernels.leave_folds_out, kernels.only_folds):
+        with pytest.raises(ValueError, match="`count` must be an integer > 0; got -2"):
+            folded(kernels.one_vs_rest(np.arange(4) % 2), np.arange(4) % 2, -2)
     with pytest.raises(ValueError, match="at least one class; got 0"):
         kernels.one_vs_rest(labels)
     for build in (kernels.one_vs_one, kernels.multinomial):
