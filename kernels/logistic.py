@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from . import batching, lockstep, passes
 from . import mesh as meshes
-from .lockstep import LogisticFit, Start
+from .lockstep import LogisticFit, Point
 from .problems import Problems, check
 
 
@@ -60,7 +60,7 @@ def fit_logistic(
 
     Computes in float32, or in float64 where `x` is float64 and x64 is enabled. Fewer
     rows than features are solved in the row space, which is exact. `x` may be traced
-    (`jit`, `vmap`); `problems` may not. Not differentiable.
+    (`jit`, `vmap`); nothing else may. Not differentiable in reverse.
 
     The bound is rigorous for two classes, up to rounding of the gradient; for more,
     the share of the intercepts' remaining gradient is a first-order estimate.
@@ -177,7 +177,7 @@ def _space(x: Array, layer: int, used: np.ndarray | None, pairs, dtype) -> _Spac
 
 
 def _solved_here(
-    spaces: Iterable[_Space], units: list[_Unit], starts: list[Start]
+    spaces: Iterable[_Space], units: list[_Unit], starts: list[Point]
 ) -> Iterator[tuple[list[LogisticFit], Array | None]]:
     """Of each layer the fits of all units, and the rotation that they are in."""
     rows = None
@@ -220,7 +220,7 @@ class _Lines(NamedTuple):
 
 
 def _dealt(
-    x, units: list[_Unit], pairs, used, starts: list[Start], mesh
+    x, units: list[_Unit], pairs, used, starts: list[Point], mesh
 ) -> Iterator[tuple[list[LogisticFit], None]]:
     """Of each layer the fits of all units: in each round a device solves one."""
     layers = x[None] if x.ndim == 2 else x
@@ -282,7 +282,7 @@ def _solved_on_each(features, units, pairs, *, mesh, row_space) -> LogisticFit:
 
 
 @jax.jit
-def _taken(begin: Start, own) -> Start:
+def _taken(begin: Point, own) -> Point:
     return jax.tree.map(lambda a: a[own], begin)
 
 
@@ -307,14 +307,14 @@ def _stacked(fits: list[LogisticFit]) -> LogisticFit:
     return jax.tree.map(lambda *a: jnp.stack(a), *fits)
 
 
-def _starts(start, count, outputs, layers, flat, d, dtype) -> list[Start]:
+def _starts(start, count, outputs, layers, flat, d, dtype) -> list[Point]:
     """Of each layer where its problems begin; at zero where there is no `start`."""
     if start is None:
         zeros = (
             jnp.zeros((count, outputs, d), dtype),
             jnp.zeros((count, outputs), dtype),
         )
-        return [Start(*zeros)] * layers
+        return [Point(*zeros)] * layers
     if not isinstance(start, tuple | list) or len(start) != 2:
         raise ValueError("`start` must be two arrays: (weights, intercepts).")
     weights, intercepts = (jnp.asarray(part, dtype) for part in start)
@@ -333,7 +333,7 @@ def _starts(start, count, outputs, layers, flat, d, dtype) -> list[Start]:
             raise ValueError(f"`start` must be finite; its {name} are not.")
     weights = weights.reshape(layers, count, outputs, d)
     intercepts = intercepts.reshape(layers, count, outputs)
-    return [Start(*own) for own in zip(weights, intercepts)]
+    return [Point(*own) for own in zip(weights, intercepts)]
 
 
 def _numbered_by_use(

@@ -285,6 +285,42 @@ def test_the_preconditioner_is_near_the_inverse(rng, rank):
         assert 0.3 < product[0] and product[-1] < 2.5
 
 
+def test_steep_spectra_take_few_iterations(rng):
+    """A span whose columns are not at one scale resolves the first directions alone."""
+    for d in (61, 100, 200):
+        x = np.float32(rng.standard_normal((1500, d)) * np.arange(1, d + 1.0) ** -2)
+        labels = x @ rng.standard_normal(d) * 3 + rng.standard_normal(1500) > 0
+        problems = kernels.one_vs_rest(labels.astype(int))
+        fit = kernels.fit_logistic(x, problems, l2=1e-3)
+        assert fit.converged.all() and (fit.iterations < 40).all()
+
+
+def test_classes_share_nothing_and_converge(rng):
+    """What all classes share only the penalty bends: it must not be stirred up."""
+    x = np.float32(rng.normal(size=(600, 60)))
+    y = x @ rng.normal(size=60) + 3 * rng.normal(size=600)
+    problems = kernels.multinomial(np.digitize(y, [-5, 0, 5]))
+    fit = kernels.fit_logistic(x, problems, l2=0.01)
+    assert fit.converged.all() and (fit.iterations < 120).all()
+    shared = fit.weights + 3.0, fit.intercepts + 5.0
+    for found in (fit, kernels.fit_logistic(x, problems, l2=0.01, start=shared)):
+        np.testing.assert_allclose(found.weights.sum(axis=1), 0, atol=1e-5)
+        np.testing.assert_allclose(found.intercepts.sum(axis=1), 0, atol=1e-5)
+    assert (found.iterations <= 2).all()
+
+
+def test_the_gradient_is_that_of_the_rows_as_they_are(rng):
+    x, labels = clusters(rng, 200, 6, 2)
+    x = np.float32(x + 30)
+    fit = kernels.fit_logistic(x, kernels.one_vs_rest(labels), max_iterations=3)
+    for c, own in enumerate(np.float64(fit.weights)):
+        margins = np.float64(x) @ own + np.float64(fit.intercepts[c])
+        residual = 1 / (1 + np.exp(-margins)) - (labels == c)
+        gradient = np.append(residual @ np.float64(x) + own, residual.sum())
+        norm = np.linalg.norm(gradient)
+        np.testing.assert_allclose(fit.gradient_norm[c], norm, rtol=1e-3)
+
+
 def test_eigenproblems_wake_no_threads():
     """LAPACK keeps one busy for a tenth of a second after one of 64 columns."""
     arguments = jnp.zeros((999, 300)), jnp.zeros((2, 500), int), np.dtype("float32")
@@ -344,7 +380,7 @@ def test_no_rows_by_problems_array(rng):
     basis = jax.eval_shape(
         lambda x: lockstep.covariance_basis(x, pairs, dtype), spec((n, d))
     )
-    begin = lockstep.Start(spec((p, 1, d)), spec((p, 1)))
+    begin = lockstep.Point(spec((p, 1, d)), spec((p, 1)))
     rule = np.ones(p, bool), np.float32(1e-6), np.int32(500)
     lowered = lockstep.solve.lower(rows, batch, basis, spec((p,)), begin, *rule)
     memory = lowered.compile().memory_analysis()
