@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
     run = common.begin("script_separability", inputs)
     rows = probes.unit_rows(checkpoint.read(name, rows=ids))
 
-    found = probes.cross_validate(rows, list(tasks.values()))
+    found = probes.cross_validate(rows, tasks)
     records = probes.summary(tasks, found.scores.accuracy)
     paper = _PAPER.get(str(model).rstrip("/").split("/")[-1], {})
     _report(run.workdir, records, collections.Counter(categories), paper, model)

@@ -58,8 +58,9 @@ def stratified_folds(labels, folds: int = 10) -> np.ndarray:
     `cross_val_score(..., cv=folds)` uses for a classifier.
 
     Raises:
-      ValueError: a class has fewer rows than there are folds.
+      ValueError: a class has fewer rows than there are folds; fewer than two folds.
     """
+    _check_folds(folds)
     labels = np.asarray(labels)
     values, first, code = np.unique(labels, return_index=True, return_inverse=True)
     code = np.argsort(np.argsort(first))[code]
@@ -74,12 +75,21 @@ def stratified_folds(labels, folds: int = 10) -> np.ndarray:
     return result
 
 
+def _check_folds(folds: int) -> None:
+    if folds < 2:
+        raise ValueError(f"`folds` must be an integer > 1; got {folds}.")
+
+
 def folds_by_type(types, folds: int = 10, *, seed: int = 0) -> np.ndarray:
     """The fold of each row, with all rows of one type (a word) in one fold.
 
     A probe cannot then score by having seen the word. Types are dealt in an order
     shuffled by `seed`, the most frequent first, each to the smallest fold.
+
+    Raises:
+      ValueError: fewer than two folds.
     """
+    _check_folds(folds)
     _, code, counts = np.unique(types, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(counts))
     order = order[np.argsort(-counts[order], kind="stable")]
@@ -146,7 +156,7 @@ def selectivity(task: np.ndarray, control: np.ndarray) -> np.ndarray:
 
 def cross_validate(
     x,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task] | Mapping[str, Task],
     *,
     folds: int | Sequence[np.ndarray] = 10,
     classes: int = 2,
@@ -156,7 +166,9 @@ def cross_validate(
 
     `x` is `[n, d]` or `[layer, n, d]`. `folds` is how many `stratified_folds`, or for
     each task the fold of each of its rows (-1: always trained on, never tested on).
+    Scores are in the order of the tasks, `[..., task, fold]`.
     """
+    tasks = list(tasks.values()) if isinstance(tasks, Mapping) else tasks
     if isinstance(folds, int):
         count = folds
         own = [stratified_folds(task.labels, count) for task in tasks]
@@ -377,8 +389,11 @@ def transfer_by_layer(
     folds are left out.
 
     Raises:
-      ValueError: fewer than two groups or labels are left.
+      ValueError: fewer than two groups or labels are left; `x` is not `[layer, n, d]`.
     """
+    x = np.asarray(x)
+    if x.ndim != 3:
+        raise ValueError(f"`x` must be [layer, n, d]; got shape {x.shape}.")
     names, code = np.unique(np.asarray(labels, dtype=object), return_inverse=True)
     group, items = np.asarray(groups, dtype=object), np.asarray(items, dtype=object)
     counts = {g: np.bincount(code[group == g], minlength=len(names)) for g in groups}
@@ -390,7 +405,7 @@ def transfer_by_layer(
             f" {folds} rows of each of two labels; of {sorted(counts)}, {dropped} lack"
             f" one of {names.tolist()}."
         )
-    x = np.asarray(x)[:, kept]
+    x = x[:, kept]
     if centred:
         _, own = np.unique(group[kept], return_inverse=True)
         for g in range(own.max() + 1):

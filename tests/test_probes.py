@@ -20,6 +20,9 @@ def test_folds_are_scikit_learns(rng, classes, folds):
             np.testing.assert_array_equal(np.flatnonzero(ours == f), test)
     with pytest.raises(ValueError, match="has 2 rows"):
         probes.stratified_folds([0, 0, 0, 1, 1], 3)
+    for fold in (probes.stratified_folds, probes.folds_by_type):
+        with pytest.raises(ValueError, match="`folds` must be an integer > 1; got 0"):
+            fold([0, 0, 1, 1], 0)
 
 
 @pytest.mark.parametrize("shares", [[0.9, 0.1], [0.3, 0.7], [0.5, 0.2, 0.3]])
@@ -39,6 +42,13 @@ def test_samples_are_imbalanced_learns(rng, shares):
     )
 
 
+def test_transfer_needs_layers(rng):
+    with pytest.raises(ValueError, match=r"\[layer, n, d\]; got shape \(8, 3\)"):
+        probes.transfer_by_layer(
+            rng.normal(size=(8, 3)), ["a", "b"] * 4, ["x", "y"] * 4, np.arange(8)
+        )
+
+
 def test_the_papers_protocol_gives_scikit_learns_accuracies(rng):
     kinds = rng.choice(["A", "B", "C", "D"], p=[0.6, 0.2, 0.15, 0.05], size=900)
     centres = {kind: rng.normal(size=12) for kind in "ABCD"}
@@ -46,8 +56,10 @@ def test_the_papers_protocol_gives_scikit_learns_accuracies(rng):
     x = np.float32(x / np.linalg.norm(x, axis=1, keepdims=True))
     tasks = probes.one_vs_rest_tasks(list(kinds), least=60)
     assert list(tasks) == ["A", "B", "C"]
-    found = probes.cross_validate(x, list(tasks.values()))
+    found = probes.cross_validate(x, tasks)
     assert bool(found.fit.converged.all())
+    in_order = probes.cross_validate(x, list(tasks.values()))
+    np.testing.assert_array_equal(found.scores.accuracy, in_order.scores.accuracy)
     for i, (name, task) in enumerate(tasks.items()):
         y = (kinds == name).astype(int)
         rows, y = RandomUnderSampler(random_state=150).fit_resample(x, y)
