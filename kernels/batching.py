@@ -176,7 +176,7 @@ def pairs_of_rows(tiles: tuple[Tile, ...]) -> np.ndarray:
         r = len(tile.rows)
         if r:
             m = -(-min(PAIRS, total) * r // total)
-            one = rng.permutation(r)[:m] if m <= r else rng.integers(r, size=m)
+            one = rng.permutation(r)[:m]
             other = (one + rng.integers(1, max(r, 2), size=m)) % r
             pairs.append(tile.rows[np.stack([one, other])])
     return np.concatenate(pairs, axis=1).astype(np.int32)

@@ -16,14 +16,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from . import batching, passes
 from .passes import exact_product
 
-SPAN = 60  # side of an eigenproblem; from 64 on LAPACK wakes threads, which then wait
-# for more of its work at full speed for a tenth of a second
+# The side of an eigenproblem: from 64 on LAPACK wakes threads, which then wait for more
+# of its work at full speed for a tenth of a second.
+SPAN = 60
 SPANS = 2  # such parts of the space in which the leading directions are sought
 SPARE = 8  # directions of it that are not kept
 PATIENCE = 50  # iterations without a better bound after which a problem is given up
@@ -75,8 +77,7 @@ class _Job(NamedTuple):
     basis: Basis
     l2: Float[Array, " p"]
     tolerance: Float[Array, ""]
-    limit: Int[Array, ""]  # of iterations
-    at_zero: Float[Array, " p"]  # the objective of weights that are zero
+    max_iterations: Int[Array, ""]
 
 
 class _State(NamedTuple):
@@ -95,7 +96,7 @@ class _State(NamedTuple):
     best: Float[Array, " p"]
     patience: Int[Array, " p"]
     iterations: Int[Array, " p"]
-    restart: Bool[Array, ""]  # the margins, zero, are to be made from `at`
+    restart: Bool[Array, ""]  # the first iteration makes the margins from `at`
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -109,6 +110,10 @@ def covariance_basis(
     difference = lax.optimization_barrier(difference)
     m, d = difference.shape
     covariance = exact_product(difference.T, difference) / (2 * m)
+    scale = jnp.trace(covariance)
+    covariance = covariance / jnp.where(
+        scale > 0, scale, 1
+    )  # of squares none overflows
     if d <= SPAN:
         variances, directions = jnp.linalg.eigh(covariance)
         tail = jnp.zeros((), dtype)
@@ -120,11 +125,12 @@ def covariance_basis(
             span = _orthonormal(exact_product(covariance, span))
         variances, directions = _turned_to_axes(covariance, span, parts)
         variances, directions = variances[SPARE:], directions[:, SPARE:]
-        rest = jnp.trace(covariance) - jnp.sum(variances)
+        rest = 1 - jnp.sum(variances)
         tail = jnp.maximum(rest, 0) / (d - len(variances))
     # A direction without variance is not one along which a step may be unbounded.
     floor = 1e-6 * variances[-1]
-    return Basis(directions, jnp.maximum(variances, floor), jnp.maximum(tail, floor))
+    variances, tail = jnp.maximum(variances, floor), jnp.maximum(tail, floor)
+    return Basis(directions, scale * variances, scale * tail)
 
 
 def _turned_to_axes(
@@ -171,13 +177,32 @@ def solve(
     begin: Point,
     active: Bool[Array, " p"],
     tolerance: Float[Array, ""],
-    limit: Int[Array, ""],
+    max_iterations: Int[Array, " s"],
 ) -> LogisticFit:
-    """Solves the active problems of a batch over its gathered rows.
+    """Solves the active problems of a batch over its gathered rows, in `s` rounds.
 
-    A start that is worse than zero is left for zero: sums are kept up to date from it,
-    and a far one would leave its rounding in them.
+    A round before the last, of one iteration, only looks at the start: a problem for
+    which zero is better begins there. (A far start would also leave its rounding in
+    the sums that are kept up to date from it.)
     """
+    outputs = max(begin.weights.shape[1], 2)
+    by_block = jnp.sum(_weights(batch, rows.values.dtype), axis=2) * np.log(outputs)
+    by_tile = jax.ops.segment_sum(by_block, batch.tile, len(batch.problem))
+    at_zero = _sides(by_tile, batch)
+
+    def one(begin: Point, most):
+        job = _Job(rows.values, rows.reach, batch, basis, l2, tolerance, most)
+        fit = _solve(job, rows, begin, active)
+        end = Point(fit.weights, fit.intercepts)
+        zero = jax.tree.map(jnp.zeros_like, end)
+        return _chosen(fit.objective < at_zero, end, zero), fit
+
+    _, fits = lax.scan(one, begin, max_iterations)
+    return jax.tree.map(lambda a: a[-1], fits)
+
+
+def _solve(job: _Job, rows: passes.Rows, begin: Point, active) -> LogisticFit:
+    batch = job.batch
     (b, c, r), (p, k, _) = batch.labels.shape, begin.weights.shape
     zeros = functools.partial(jnp.zeros, dtype=rows.values.dtype)
     begin = _among_classes(begin)
@@ -198,11 +223,6 @@ def solve(
         iterations=jnp.zeros(p, jnp.int32),
         restart=jnp.array(True),
     )
-    outputs = max(k, 2)
-    by_block = jnp.sum(_weights(batch, rows.values.dtype), axis=2) * jnp.log(outputs)
-    by_tile = jax.ops.segment_sum(by_block, batch.tile, len(batch.problem))
-    at_zero = _sides(by_tile, batch)
-    job = _Job(rows.values, rows.reach, batch, basis, l2, tolerance, limit, at_zero)
     state = lax.while_loop(
         lambda s: jnp.any(s.active), functools.partial(_iterate, job), state
     )
@@ -217,7 +237,7 @@ def solve(
         gradient_norm=jnp.sqrt(_dot(gradient, gradient)),
         gap=state.gap,
         iterations=state.iterations,
-        converged=_solved(state.gap, state.objective, tolerance),
+        converged=_solved(state.gap, state.objective, job.tolerance),
     )
 
 
@@ -340,26 +360,24 @@ def _iterate(job: _Job, s: _State) -> _State:
     gap = jnp.where(moved, _gap(gradient, curvature, l2, job.reach), s.gap)
     better = (gap < s.best) | (objective < (1 - 1e-5) * s.objective)
     patience = jnp.where(better, PATIENCE, s.patience - 1)
-    worse = s.active & s.restart & ~(objective <= (1 + 1e-6) * job.at_zero)
-    at = _chosen(worse, jax.tree.map(jnp.zeros_like, at), _chosen(moved, at, s.at))
-    iterations = s.iterations + (s.active & ~worse)
+    iterations = s.iterations + s.active
     active = s.active & ~_solved(gap, objective, job.tolerance) & (patience > 0)
-    stays, restart = by_column(s.active & ~kept), jnp.any(worse)
+    stays = by_column(s.active & ~kept)
     return _State(
-        at=at,
+        at=_chosen(moved, at, s.at),
         gradient=gradient,
         objective=objective,
         curvature=curvature,
         gap=gap,
         last=_chosen(moved & ~s.restart, step, jax.tree.map(jnp.zeros_like, step)),
-        margins=jnp.where(restart, 0, jnp.where(stays, s.margins, margins)),
+        margins=jnp.where(stays, s.margins, margins),
         moves=jnp.where(stays | s.restart, 0, move),
         limit=jnp.where(kept, jnp.inf, 0.25 * length).astype(length.dtype),
-        active=active & (iterations < job.limit),
+        active=active & (iterations < job.max_iterations),
         best=jnp.minimum(gap, s.best),
         patience=patience,
         iterations=iterations,
-        restart=restart,
+        restart=jnp.array(False),
     )
 
 

@@ -47,9 +47,8 @@ def fit_logistic(
       problems: which rows meet which problems (`one_vs_rest`, `one_vs_one`, ...).
       l2: penalty > 0, one or `[p]`; scikit-learn's 1 / C.
       start: weights and intercepts to start from, shaped as in the result (of a
-        neighbouring penalty, or of all rows before the folds). Problems that it puts
-        farther from the optimum than zero would, and all where it is None, start at
-        zero.
+        neighbouring penalty, or of all rows before the folds). Problems whose objective
+        is smaller at zero start there, as all do where it is None.
       tolerance: largest bound, relative to the objective, that counts as solved.
       max_iterations: iterations after which a problem is returned as it is.
       mesh: deals the batches of problems out to these devices, of every layer; each
@@ -111,8 +110,9 @@ def fit_logistic(
     packed = batching.pack(problems)
     check_finite(x)
     most = min(int(max_iterations), 2**31 - 1)  # they are counted in int32
+    rounds = (most,) if start is None else (1, most)
     units = [
-        _unit(batch, ids, penalties, tolerance, most)
+        _unit(batch, ids, penalties, tolerance, rounds)
         for batch, ids in zip(packed.batches, packed.ids)
     ]
     if mesh is None:
@@ -139,10 +139,10 @@ class _Unit(NamedTuple):
     penalties: np.ndarray
     active: np.ndarray
     tolerance: np.ndarray
-    limit: np.ndarray
+    max_iterations: np.ndarray  # of each round
 
 
-def _unit(batch, ids: np.ndarray, penalties, tolerance, limit) -> _Unit:
+def _unit(batch, ids: np.ndarray, penalties, tolerance, rounds) -> _Unit:
     own = np.resize(ids, len(batch.owner))
     return _Unit(
         batch,
@@ -150,7 +150,7 @@ def _unit(batch, ids: np.ndarray, penalties, tolerance, limit) -> _Unit:
         penalties[own],
         np.arange(len(own)) < len(ids),
         np.asarray(tolerance, penalties.dtype),
-        np.asarray(limit, np.int32),
+        np.asarray(rounds, np.int32),
     )
 
 
@@ -185,7 +185,8 @@ def _solved_here(
         if rotation is not None:
             begin = _rotated(begin, rotation.T)
         parts, before = [], None
-        for batch, ids, penalties, *rule in units:
+        for unit in units:
+            batch = unit.batch
             if before is None or not batching.same_rows(batch, before):
                 rows = passes.gather(
                     None if rows is None else rows.values,
@@ -193,10 +194,14 @@ def _solved_here(
                     batch.rows + offset,
                     batch.centre + offset,
                     batch.group,
-                    dtype=penalties.dtype,
+                    dtype=unit.penalties.dtype,
                 )
-            own = _taken(begin, ids)
-            parts.append(lockstep.solve(rows, batch, basis, penalties, own, *rule))
+            parts.append(
+                lockstep.solve(
+                    *(rows, batch, basis, unit.penalties, _taken(begin, unit.ids)),
+                    *(unit.active, unit.tolerance, unit.max_iterations),
+                )
+            )
             before = batch
         yield parts, rotation
 
@@ -271,7 +276,7 @@ def _solved_on_each(features, units, pairs, *, mesh, row_space) -> LogisticFit:
             ),
             batch,
             lockstep.covariance_basis(features, pairs, dtype),
-            *(unit.penalties, begin, unit.active, unit.tolerance, unit.limit),
+            *(unit.penalties, begin, unit.active, unit.tolerance, unit.max_iterations),
         )
         fit = fit if rotation is None else _rotated(fit, rotation)
         return jax.tree.map(lambda a: a[None], fit)

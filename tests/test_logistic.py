@@ -99,8 +99,10 @@ def test_every_kind_of_problem_reaches_scikit_learn_in_any_order(rng):
     excess, apart, best = compare(x, problems, l2, fit)
     assert np.asarray(fit.converged).all()
     assert excess.max() <= 1e-6
-    # By strong convexity; the largest of the differences is below their length.
+    # By strong convexity; scikit-learn's weights are a few 1e-6 from the optimum too.
     assert (apart <= np.sqrt(2 * np.asarray(fit.gap) / l2) + 1e-5).all()
+    # A millionth of these objectives is up to 0.02 in the weights: not enough to say
+    # more. Float32 does not certify 1e-8 of all of them, but comes near it.
     tight = kernels.fit_logistic(x, problems, l2=l2, tolerance=1e-8)
     assert compare(x, problems, l2, tight)[1][l2 >= 1].max() <= 1e-3
     # Objectives are float32 sums of some hundred losses.
@@ -240,35 +242,90 @@ def test_tiles_of_many_blocks_and_fits_that_are_cut_short(rng, monkeypatch):
     assert (np.asarray(few.gap) > np.asarray(fit.gap)).all()
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e2, 1e6, 1e19])
-def test_a_start_worse_than_zero_is_left_for_zero(rng, scale):
+def test_where_zero_is_better_than_the_start_problems_begin_there(rng):
     x, labels = clusters(rng, 300, 7, 3)
     problems = kernels.weighted(kernels.one_vs_rest(labels), rng.uniform(0, 2, 300))
     fit = kernels.fit_logistic(x, problems)
-    start = np.array(fit.weights), np.array(fit.intercepts)
-    start[0][1:] += scale * rng.standard_normal((2, 7))
-    found = kernels.fit_logistic(x, problems, start=start)
-    assert found.converged.all() and found.iterations[0] == 1
-    excess, _, _ = compare(x, problems, 1.0, found)
-    assert excess.max() <= 1e-6
-    if scale > 1:  # these two go the way that they go without a start
-        np.testing.assert_allclose(found.weights[1:], fit.weights[1:], atol=1e-5)
-    few = kernels.fit_logistic(x, problems, start=start, max_iterations=1)
-    assert (few.iterations == 1).all()
-    for p, (rows, own, weights) in enumerate(columns(problems)):
-        true = oracles.logistic_objective(
-            x[rows], own, few.weights[p], few.intercepts[p], 1.0, weights
-        )
-        np.testing.assert_allclose(few.objective[p], true, rtol=5e-7)
+    for scale in (1e2, 1e6, 1e19):
+        start = np.array(fit.weights), np.array(fit.intercepts)
+        start[0][1] += scale * rng.standard_normal(7)
+        start[0][2] = 0.9 * start[0][2]
+        for most in (1, 2, 500):
+            zero = kernels.fit_logistic(x, problems, max_iterations=most)
+            found = kernels.fit_logistic(x, problems, start=start, max_iterations=most)
+            # The first is solved, the second begins at zero, the third is nearer.
+            assert found.iterations[0] == 1 and found.iterations[1] <= most
+            assert abs(found.iterations[1] - zero.iterations[1]) <= 1
+            np.testing.assert_allclose(found.weights[1], zero.weights[1], atol=1e-5)
+            assert found.objective[2] < zero.objective[2] or most == 500
+            for p, (rows, own, weights) in enumerate(columns(problems)):
+                at = found.weights[p], found.intercepts[p]
+                true = oracles.logistic_objective(x[rows], own, *at, 1.0, weights)
+                # Float32 sums of 300 losses at margins below ten.
+                np.testing.assert_allclose(found.objective[p], true, rtol=1e-6)
+        assert found.converged.all()
 
 
+def test_a_start_that_is_good_enough_is_kept_as_it_is(rng):
+    """With its objective; also where zero is a little better and good enough too."""
+    x, labels = rng.standard_normal((400, 5)).astype(np.float32), np.arange(400) % 2
+    problems = kernels.one_vs_rest(labels)
+    for tolerance, l2 in ((0.5, 100), (0.1, 1e3), (1e-2, 1e4), (1e-4, 1e6)):
+        for size in np.geomspace(1e-3, 1, 7):
+            start = np.full((2, 5), size), np.zeros(2)
+            fit = kernels.fit_logistic(
+                x, problems, l2=l2, start=start, tolerance=tolerance
+            )
+            for p in range(2):
+                at = fit.weights[p], fit.intercepts[p]
+                true = oracles.logistic_objective(x, labels == p, *at, l2)
+                np.testing.assert_allclose(fit.objective[p], true, rtol=1e-6)
+
+
+def test_many_classes_layers_rows_and_float64_begin_where_they_are_told(rng):
+    x, labels = clusters(rng, 60, 9, 3)
+    wide = rng.standard_normal((2, 40, 90)).astype(np.float32)
+    for features, problems in (
+        (x, kernels.multinomial(labels)),
+        (wide, kernels.one_vs_rest(np.arange(40) % 3)),
+        (np.stack([x, -x]), kernels.one_vs_one(labels)),
+    ):
+        fit = kernels.fit_logistic(features, problems)
+        near = np.array(fit.weights), np.array(fit.intercepts)
+        assert (
+            kernels.fit_logistic(features, problems, start=near).iterations < 3
+        ).all()
+        noise = 1e7 * rng.standard_normal(near[0].shape)
+        far = kernels.fit_logistic(features, problems, start=(noise, near[1]))
+        assert (far.iterations == fit.iterations).all() and far.converged.all()
+        np.testing.assert_allclose(far.objective, fit.objective, rtol=1e-6)
+
+
+def test_sums_of_many_or_uneven_losses_solve_as_others_do(rng):
+    """Whose objective at zero float32 sums up in two ways to two numbers."""
+    n = 20_011
+    x = rng.standard_normal((n, 3)).astype(np.float32)
+    y = (x[:, 0] + rng.standard_normal(n) > 0).astype(int)
+    fit = kernels.fit_logistic(x, kernels.independent([(np.arange(n), y)]))
+    assert fit.converged.all() and fit.iterations[0] < 10
+    for seed in range(6):
+        draws = np.random.default_rng(seed)
+        x = draws.standard_normal((300, 4)).astype(np.float32)
+        weights = np.ones(300)
+        weights[0] = 10.0 ** draws.uniform(3, 7)
+        tasks = [(np.arange(300), draws.integers(2, size=300)) for _ in range(8)]
+        problems = kernels.weighted(kernels.independent(tasks), weights)
+        assert kernels.fit_logistic(x, problems).converged.all()
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1, 1e9])
 @pytest.mark.parametrize("rank", [20, 60, 70, 200])
-def test_the_preconditioner_is_near_the_inverse(rng, rank):
+def test_the_preconditioner_is_near_the_inverse(rng, rank, scale):
     """Also where columns of the span depend on each other: nothing counts twice."""
     d, m = 200, 400
-    scale = np.where(np.arange(d) < rank, np.arange(1, d + 1) ** -0.5, 0)
+    lengths = np.where(np.arange(d) < rank, np.arange(1, d + 1) ** -0.5, 0)
     axes = np.linalg.qr(rng.normal(size=(d, d)))[0]
-    x = np.float32(rng.standard_normal((2 * m, d)) * scale @ axes)
+    x = np.float32(scale * rng.standard_normal((2 * m, d)) * lengths @ axes)
     pairs = np.arange(2 * m).reshape(2, m)
     basis = lockstep.covariance_basis(x, pairs, np.dtype("float32"))
     directions, variances, tail = (np.float64(part) for part in basis)
@@ -276,12 +333,13 @@ def test_the_preconditioner_is_near_the_inverse(rng, rank):
     assert np.linalg.norm(directions, 2) < 1 + 1e-4
     difference = np.float64(x[pairs[0]] - x[pairs[1]])
     covariance = difference.T @ difference / (2 * m)
-    for curvature in (1, 1e3):
+    for curvature in (1 / scale**2, 1e3 / scale**2):
         flat = 1 / (1 + curvature * tail)
         top = 1 / (1 + curvature * variances) - flat
         inverse = flat * np.eye(d) + (directions * top) @ directions.T
         root = np.linalg.cholesky(np.eye(d) + curvature * covariance)
         product = np.linalg.eigvalsh(root.T @ inverse @ root)
+        # One but for the rest of the 200 variances, which fall by a third there.
         assert 0.3 < product[0] and product[-1] < 2.5
 
 
@@ -321,9 +379,10 @@ def test_the_gradient_is_that_of_the_rows_as_they_are(rng):
         np.testing.assert_allclose(fit.gradient_norm[c], norm, rtol=1e-3)
 
 
-def test_eigenproblems_wake_no_threads():
+@pytest.mark.parametrize("d", [60, 61, 119, 120, 300])
+def test_eigenproblems_wake_no_threads(d):
     """LAPACK keeps one busy for a tenth of a second after one of 64 columns."""
-    arguments = jnp.zeros((999, 300)), jnp.zeros((2, 500), int), np.dtype("float32")
+    arguments = jnp.zeros((999, d)), jnp.zeros((2, 500), int), np.dtype("float32")
     program = lockstep.covariance_basis.lower(*arguments).as_text()
     calls = [line for line in program.splitlines() if "syevd" in line]
     sides = [int(n) for line in calls for n in re.findall(r"(\d+)x\d+xf32", line)]
@@ -381,7 +440,7 @@ def test_no_rows_by_problems_array(rng):
         lambda x: lockstep.covariance_basis(x, pairs, dtype), spec((n, d))
     )
     begin = lockstep.Point(spec((p, 1, d)), spec((p, 1)))
-    rule = np.ones(p, bool), np.float32(1e-6), np.int32(500)
+    rule = np.ones(p, bool), np.float32(1e-6), np.array([500], np.int32)
     lowered = lockstep.solve.lower(rows, batch, basis, spec((p,)), begin, *rule)
     memory = lowered.compile().memory_analysis()
     # Margins and steps, what they become and the zeros they start from: arrays of
@@ -390,7 +449,7 @@ def test_no_rows_by_problems_array(rng):
     assert memory.temp_size_in_bytes < 7.25 * n * batch.labels.shape[1] * 4
 
 
-def test_batches_are_not_larger_than_the_features(rng):
+def test_batches_hold_the_largest_group_or_few_rows(rng):
     many = [(np.arange(5000), np.arange(5000) % 2)] * 16
     some = [(rng.permutation(5000)[:500], np.arange(500) % 2) for _ in range(100)]
     for problems in (
