@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from . import batching, lockstep, passes
+from . import batching, covariance, lockstep, passes
 from . import mesh as meshes
 from .lockstep import LogisticFit, Point
 from .problems import Problems, check
@@ -164,7 +164,7 @@ class _Space(NamedTuple):
     features: Array
     offset: int
     rotation: Array | None
-    basis: lockstep.Basis
+    basis: covariance.Basis
 
 
 def _space(x: Array, layer: int, used: np.ndarray | None, pairs, dtype) -> _Space:
@@ -172,7 +172,7 @@ def _space(x: Array, layer: int, used: np.ndarray | None, pairs, dtype) -> _Spac
     if used is not None:
         features, rotation = _row_space(_read(x, used + offset, dtype))
         offset = 0
-    basis = lockstep.covariance_basis(features, pairs + offset, dtype)
+    basis = covariance.basis_of_rows(features, pairs + offset, dtype)
     return _Space(features, offset, rotation, basis)
 
 
@@ -275,7 +275,7 @@ def _solved_on_each(features, units, pairs, *, mesh, row_space) -> LogisticFit:
                 *(None, features, batch.rows, batch.centre, batch.group), dtype=dtype
             ),
             batch,
-            lockstep.covariance_basis(features, pairs, dtype),
+            covariance.basis_of_rows(features, pairs, dtype),
             *(unit.penalties, begin, unit.active, unit.tolerance, unit.max_iterations),
         )
         fit = fit if rotation is None else _rotated(fit, rotation)

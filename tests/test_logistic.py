@@ -12,7 +12,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from jaxling import kernels
-from jaxling.kernels import batching, lockstep, passes
+from jaxling.kernels import batching, covariance, lockstep, passes
 
 
 def columns(problems):
@@ -327,17 +327,20 @@ def test_the_preconditioner_is_near_the_inverse(rng, rank, scale):
     axes = np.linalg.qr(rng.normal(size=(d, d)))[0]
     x = np.float32(scale * rng.standard_normal((2 * m, d)) * lengths @ axes)
     pairs = np.arange(2 * m).reshape(2, m)
-    basis = lockstep.covariance_basis(x, pairs, np.dtype("float32"))
+    basis = covariance.basis_of_rows(x, pairs, np.dtype("float32"))
     directions, variances, tail = (np.float64(part) for part in basis)
-    assert directions.shape == (d, lockstep.SPANS * lockstep.SPAN - lockstep.SPARE)
+    assert directions.shape == (
+        d,
+        covariance.SPANS * covariance.SPAN - covariance.SPARE,
+    )
     assert np.linalg.norm(directions, 2) < 1 + 1e-4
     difference = np.float64(x[pairs[0]] - x[pairs[1]])
-    covariance = difference.T @ difference / (2 * m)
+    spread = difference.T @ difference / (2 * m)
     for curvature in (1 / scale**2, 1e3 / scale**2):
         flat = 1 / (1 + curvature * tail)
         top = 1 / (1 + curvature * variances) - flat
         inverse = flat * np.eye(d) + (directions * top) @ directions.T
-        root = np.linalg.cholesky(np.eye(d) + curvature * covariance)
+        root = np.linalg.cholesky(np.eye(d) + curvature * spread)
         product = np.linalg.eigvalsh(root.T @ inverse @ root)
         # One but for the rest of the 200 variances, which fall by a third there.
         assert 0.3 < product[0] and product[-1] < 2.5
@@ -383,7 +386,7 @@ def test_the_gradient_is_that_of_the_rows_as_they_are(rng):
 def test_eigenproblems_wake_no_threads(d):
     """LAPACK keeps one busy for a tenth of a second after one of 64 columns."""
     arguments = jnp.zeros((999, d)), jnp.zeros((2, 500), int), np.dtype("float32")
-    program = lockstep.covariance_basis.lower(*arguments).as_text()
+    program = covariance.basis_of_rows.lower(*arguments).as_text()
     calls = [line for line in program.splitlines() if "syevd" in line]
     sides = [int(n) for line in calls for n in re.findall(r"(\d+)x\d+xf32", line)]
     assert sides and max(sides) < 64
@@ -437,7 +440,7 @@ def test_no_rows_by_problems_array(rng):
     )
     pairs = batching.pairs_of_rows(problems.tiles)
     basis = jax.eval_shape(
-        lambda x: lockstep.covariance_basis(x, pairs, dtype), spec((n, d))
+        lambda x: covariance.basis_of_rows(x, pairs, dtype), spec((n, d))
     )
     begin = lockstep.Point(spec((p, 1, d)), spec((p, 1)))
     rule = np.ones(p, bool), np.float32(1e-6), np.array([500], np.int32)
