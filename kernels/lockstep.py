@@ -84,7 +84,6 @@ class _State(NamedTuple):
     best: Float[Array, " p"]
     patience: Int[Array, " p"]
     iterations: Int[Array, " p"]
-    restart: Bool[Array, ""]  # the first iteration makes the margins from `at`
 
 
 @jax.jit
@@ -140,7 +139,6 @@ def _solve(job: _Job, rows: passes.Rows, begin: Point, active) -> LogisticFit:
         best=zeros(p) + jnp.inf,
         patience=jnp.full(p, PATIENCE, jnp.int32),
         iterations=jnp.zeros(p, jnp.int32),
-        restart=jnp.array(True),
     )
     state = lax.while_loop(
         lambda s: jnp.any(s.active), functools.partial(_iterate, job), state
@@ -223,10 +221,11 @@ def _minimiser(bend, slope) -> list[Array]:
 def _iterate(job: _Job, s: _State) -> _State:
     """One step of every active problem."""
     batch, l2 = job.batch, job.l2
+    first = jnp.all(s.iterations == 0)  # only makes the margins, from `at`
     units, block = _units(job, s)
-    whole = _chosen(s.restart, s.at, _direction(s, job.basis, l2))
+    whole = _chosen(first, s.at, _direction(s, job.basis, l2))
     ahead, shift = lax.optimization_barrier(whole)
-    skip = s.restart & jnp.all(ahead == 0)
+    skip = first & jnp.all(ahead == 0)
     steps, curved = passes.forward(units, skip, block, s.moves, ahead, shift)
     last = s.last.weights
     pairs = list(_sides(curved, batch).T)
@@ -236,8 +235,8 @@ def _iterate(job: _Job, s: _State) -> _State:
     bend[2][2] += l2 * _inner(last, last)
     slope = [jnp.sum(s.gradient.intercepts * shift, axis=1)]
     slope += [_inner(s.gradient.weights, ahead), _dot(s.gradient, s.last)]
-    mix = [  # of the intercept's part, the weights' and the last step; all of a restart
-        jnp.where(s.restart, one, own)
+    mix = [  # of the intercept's part, the weights' and the last step; all of the first
+        jnp.where(first, one, own)
         for one, own in zip((1, 1, 0), _minimiser(bend, slope))
     ]
     step = _plus(
@@ -252,15 +251,15 @@ def _iterate(job: _Job, s: _State) -> _State:
 
     move = by_column(mix[1]) * steps + by_column(mix[2]) * s.moves
     move = lax.optimization_barrier(move + by_column(mix[0][:, None] * shift))
-    slopes = _sides(passes.along(units, s.restart, block, move), batch)
+    slopes = _sides(passes.along(units, first, block, move), batch)
     rise = slopes[:, 0] + l2 * _inner(step.weights, s.at.weights + step.weights)
     bent = slopes[:, 1] + l2 * _inner(step.weights, step.weights)
     length = 1 - rise / jnp.maximum(bent, jnp.finfo(bent.dtype).tiny)
     length = jnp.minimum(jnp.clip(length, 0.2, 4.0), s.limit)
     length = jnp.where(s.active & jnp.isfinite(length), length, 0)
-    length = jnp.where(s.restart, 1.0, length).astype(bent.dtype)
+    length = jnp.where(first, 1.0, length).astype(bent.dtype)
     step, move = _scaled(length, step), by_column(length) * move
-    at = _chosen(s.restart, s.at, _plus(s.at, step))
+    at = _chosen(first, s.at, _plus(s.at, step))
     margins, move = lax.optimization_barrier((s.margins + move, move))
 
     found = _sides(passes.backward(units, block._replace(margins=margins)), batch)
@@ -270,7 +269,7 @@ def _iterate(job: _Job, s: _State) -> _State:
     # A step is kept if it ends before the minimum along it, or does not climb.
     noise = 32 * jnp.finfo(objective.dtype).eps * jnp.abs(s.objective)
     kept = (_dot(gradient, step) <= 0) | (objective <= s.objective + noise)
-    kept = (kept & jnp.isfinite(objective)) | s.restart
+    kept = (kept & jnp.isfinite(objective)) | first
     moved = s.active & kept
     gradient, curvature = _chosen(
         moved, (gradient, found.curvature), (s.gradient, s.curvature)
@@ -288,15 +287,14 @@ def _iterate(job: _Job, s: _State) -> _State:
         objective=objective,
         curvature=curvature,
         gap=gap,
-        last=_chosen(moved & ~s.restart, step, jax.tree.map(jnp.zeros_like, step)),
+        last=_chosen(moved & ~first, step, jax.tree.map(jnp.zeros_like, step)),
         margins=jnp.where(stays, s.margins, margins),
-        moves=jnp.where(stays | s.restart, 0, move),
+        moves=jnp.where(stays | first, 0, move),
         limit=jnp.where(kept, jnp.inf, 0.25 * length).astype(length.dtype),
         active=active & (iterations < job.max_iterations),
         best=jnp.minimum(gap, s.best),
         patience=patience,
         iterations=iterations,
-        restart=jnp.array(False),
     )
 
 
